@@ -1,0 +1,1 @@
+"""attncc, the attention compiler."""

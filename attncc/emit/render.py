@@ -1,0 +1,41 @@
+"""Renders a plan through the template of its kernel and target.
+
+The template `<family>/<kernel>.<extension>.jinja` is looked up in the user's folders first, then in the project's own,
+so that a folder with one file in it replaces one kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from attncc.plan.nodes import KernelPlan
+from attncc.resources import folder
+
+
+class Printer(Protocol):
+    """Spells IR expressions in a target's language."""
+
+    extension: str
+
+    def filters(self) -> Mapping[str, Callable[..., str]]:
+        """The Jinja filters through which a template prints the plan's expressions."""
+        ...
+
+
+def render(plan: KernelPlan, printer: Printer, templates: Sequence[Path] = ()) -> str:
+    """The source of the kernel that `plan` describes."""
+    environment = Environment(
+        loader=FileSystemLoader([*templates, folder("templates")]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.filters.update(printer.filters())
+    template = environment.get_template(f"{plan.target.family}/{plan.kernel}.{printer.extension}.jinja")
+    return template.render(plan=plan)

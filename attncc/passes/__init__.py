@@ -1,0 +1,1 @@
+"""IR to IR, one function in one file each."""

@@ -1,0 +1,1 @@
+"""IR, target and specialization to kernel plans."""
