@@ -135,14 +135,18 @@ class Variable:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The least (`min`) or greatest (`max`) value of `load` over all kv_idx in the tile [kv_lo, kv_hi].
+    """The least (`min`) or greatest (`max`) value of `load` over a tile: over all kv_idx in [kv_lo, kv_hi] where `axis`
+    is "kv", over all q_idx in [q_lo, q_hi] where it is "q".
 
-    Produced by the interval analysis for a load whose indices vary with kv_idx and no other coordinate of the
-    tile; a plan turns it into a table with one entry per tile of keys. Bool loads summarise as all / any.
+    Produced by the interval analysis for a load whose indices vary with that coordinate (spelt kv_idx or q_idx, never
+    q_row) and no other of the tile; a plan turns it into a table with one entry per tile of keys, or of queries.
+    Indices outside the tensor read as in every kernel: clamped. Bool loads summarise as all / any. A float tile with a
+    NaN in it summarises to NaN, both ways.
     """
 
     op: Literal["min", "max"]
     load: Load
+    axis: Literal["kv", "q"] = "kv"
     span: Span | None = field(default=None, compare=False, repr=False)
 
 

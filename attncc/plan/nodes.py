@@ -84,8 +84,8 @@ class ScalarArgument:
 class KeyRange:
     """Keys [lo, hi) that a tile of queries may see, and the part [full_lo, full_hi) where no mask code is needed.
 
-    Int expressions over call- and head-level values and Index q_lo, q_hi. lo, hi lie within [0, N] and the full part,
-    when not empty, within [lo, hi). Where nothing is proven full, full_lo = full_hi = lo.
+    Int expressions over call- and head-level values, Index q_lo, q_hi and `Summary` leaves of axis "q". lo, hi lie
+    within [0, N], lo <= hi, and the full part, when not empty, within [lo, hi); when empty, full_lo = full_hi = lo.
     """
 
     lo: Expr
@@ -103,8 +103,10 @@ class BlockStructure:
       scan     inside the ranges each tile is classified in the loop by `possible` and `certain`
       list     as scan, but live tiles are listed per tile of queries before the kernel runs
     possible, certain: bool expressions over q_lo, q_hi, kv_lo, kv_hi, head-level values and `Summary` leaves: a tile
-    is empty where not `possible`, full where `certain`. They are sound for every tile, whatever the strategy.
-    Several ranges may overlap; a pair in two of them counts once.
+    is empty where not `possible`, full where `certain`. They are sound for every non-empty tile, whatever the strategy.
+    Ranges ascend and do not overlap (hi of one <= lo of the next); rounded to tiles, neighbours may share a tile, which
+    counts once. `ranges` is never empty. summaries: every `Summary` in any of these expressions, of either axis.
+    Loads at tile corners may lie outside their tensor: like every load of a kernel, they are clamped.
     """
 
     strategy: Literal["bounds", "scan", "list"]
@@ -209,7 +211,7 @@ class TilesPlan:
     """Fills the summary tables and, for the list strategy, the lists of live tiles that a `ForwardPlan` reads.
 
     Tables: one per `blocks.summaries` entry, in that order, shape (B or 1, H or 1, ceil(N / block_n)) by what the load
-    varies with. Lists (per b, h where the mask varies with them; per tile of queries): offsets into one array of
+    varies with; ceil(M / block_m) instead for a summary of axis "q". Lists (per b, h where the mask varies with them; per tile of queries): offsets into one array of
     entries `tile * 2 + full`, ascending.
     """
 
