@@ -1,0 +1,340 @@
+"""From an attention to the kernels of one specialization: the choices that are neither meaning nor spelling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Literal
+
+from attncc.ir.nodes import (
+    Apply,
+    Attention,
+    Constant,
+    Elementwise,
+    Expr,
+    Hole,
+    Index,
+    Load,
+    Parameter,
+    RowName,
+    Size,
+    Softmax,
+    Sum,
+    Summary,
+    identity_row,
+)
+from attncc.ir.rewrite import children, map_children, substitute, walk
+from attncc.ir.types import DType, Kind
+from attncc.passes.blocks import block_structure
+from attncc.passes.simplify import simplify
+from attncc.passes.variance import variance
+from attncc.plan.cpp_tiles import choose_tile as choose_cpp_tile
+from attncc.plan.nodes import (
+    Binding,
+    BlockStructure,
+    ForwardPlan,
+    KernelPlan,
+    KeyRange,
+    Program,
+    RowsPlan,
+    ScalarArgument,
+    Specialization,
+    Staged,
+    Target,
+    TensorArgument,
+    Tile,
+    TilesPlan,
+)
+from attncc.plan.stage import Stager, share
+from attncc.plan.triton_tiles import choose_tile as choose_triton_tile
+
+# A run-time scalar of the kernel, not of the specification: H // HKV of the call. It stands for the key/value head of
+# a query head where k and v have been written out once per query head, so that the kernel's own HKV is H.
+ExprMap = Callable[[Expr], Expr]
+
+GROUP_SIZE = "group_size"
+
+_PAIR_LEVELS = ("call", "head", "row", "key")
+_PAIR_SUFFIXES = ("c", "h", "q", "kv")
+_ROW_LEVELS = ("call", "position", "position_element", "row_values")
+_ROW_SUFFIXES = ("c", "p", "d", "r")
+
+
+def plan_attention(attention: Attention, specialization: Specialization, target: Target) -> Program:
+    """The kernels of a call, in the order of launch: transforms of rows, tables of tiles, the attention itself."""
+    attention = specialize(attention, specialization)
+    per_query_head = any(varies_with_head(transform) for transform in (attention.k, attention.v))
+    if per_query_head:
+        attention = _with_group_size(attention)
+    rows = tuple(
+        _plan_rows(attention, row, specialization, target, "H" if per_query_head and row != "q" else None)
+        for row in ("q", "k", "v")
+        if getattr(attention, row) != identity_row(row) or (per_query_head and row != "q")
+    )
+    forward = _plan_forward(attention, specialization, target)
+    tiles = (_plan_tiles(forward),) if forward.blocks.summaries or forward.blocks.strategy == "list" else ()
+    kernels: tuple[KernelPlan, ...] = (*rows, *tiles, forward)
+    return Program(kernels)
+
+
+def specialize(attention: Attention, specialization: Specialization) -> Attention:
+    """The attention with the head dimensions filled in, simplified."""
+    sizes: dict[Expr, Expr] = {
+        Size("D"): Constant(specialization.head_dim_qk),
+        Size("E"): Constant(specialization.head_dim_v),
+    }
+    return simplify(map_clauses(attention, lambda clause: substitute(clause, sizes)))
+
+
+def map_clauses(attention: Attention, f: ExprMap) -> Attention:
+    """The attention with `f` applied to each of its expressions."""
+    match attention.normalizer:
+        case Softmax(sink=sink):
+            normalizer = Softmax(None if sink is None else f(sink))
+        case Elementwise(weight=weight):
+            normalizer = Elementwise(f(weight))
+        case Sum(weight=weight):
+            normalizer = Sum(f(weight))
+    return replace(
+        attention,
+        q=f(attention.q),
+        k=f(attention.k),
+        v=f(attention.v),
+        scale=f(attention.scale),
+        score=f(attention.score),
+        mask=f(attention.mask),
+        normalizer=normalizer,
+    )
+
+
+def varies_with_head(transform: Expr) -> bool:
+    """Whether a transform of k or v reads the query head, and so differs between the heads that share the row."""
+    return any(isinstance(node, Index) and node.name == "h" for node in walk(transform))
+
+
+def _with_group_size(attention: Attention) -> Attention:
+    group = Parameter(GROUP_SIZE, Kind.INT)
+    mapping: dict[Expr, Expr] = {
+        Index("hkv"): Apply("floordiv", (Index("h"), group)),
+        Size("HKV"): Apply("floordiv", (Size("H"), group)),
+    }
+    return map_clauses(attention, lambda clause: substitute(clause, mapping))
+
+
+# --- transforms of rows ---------------------------------------------------------------------------------------------
+
+
+def _plan_rows(
+    attention: Attention,
+    row: RowName,
+    specialization: Specialization,
+    target: Target,
+    heads: Literal["H"] | None,
+) -> RowsPlan:
+    transform: Expr = getattr(attention, row)
+    stager = Stager(_ROW_LEVELS, _ROW_SUFFIXES, _row_level, _reserved(attention))
+    element = stager.staged(transform)
+    levels = {level: stager.bindings(level) for level in _ROW_LEVELS}
+    used = [element.value, *(b.value for b in element.bindings), *_values(*levels.values())]
+    return RowsPlan(
+        kernel="rows",
+        name=f"{attention.name}_{row}_rows",
+        spec=attention,
+        target=target,
+        row=row,
+        dtype=specialization.dtype,
+        width=specialization.head_dim_v if row == "v" else specialization.head_dim_qk,
+        heads="H" if row == "q" else heads or "HKV",
+        tensors=_tensors_in(used, specialization),
+        scalars=_scalars_in(used, attention),
+        element=element,
+        **levels,
+    )
+
+
+def _row_level(expr: Expr) -> int:
+    """The level of an expression within a rows kernel."""
+    varies = variance(expr)
+    per_head = bool(varies & {"b", "h"})
+    if not varies:
+        return _ROW_LEVELS.index("call")
+    if "d" in varies:
+        return len(_ROW_LEVELS) if per_head else _ROW_LEVELS.index("position_element")
+    return _ROW_LEVELS.index("row_values" if per_head else "position")
+
+
+# --- the attention itself -------------------------------------------------------------------------------------------
+
+
+def _plan_forward(attention: Attention, specialization: Specialization, target: Target) -> ForwardPlan:
+    tile = _choose_tile(specialization, target)
+    stager = Stager(_PAIR_LEVELS, _PAIR_SUFFIXES, _pair_level, _reserved(attention))
+    normalizer, weight_clause, sink_clause = _normalizer_parts(attention)
+    exact_division = specialization.dtype is DType.F64
+
+    scale = stager.hoist(attention.scale)
+    scaled = Apply("mul", (attention.scale, Hole("dot")))
+    fold_scale = (
+        normalizer == "softmax" and attention.score == Hole("qk") and isinstance(scale, Constant) and scale.value > 0
+    )
+    score_clause = Hole("dot") if fold_scale else substitute(attention.score, {Hole("qk"): scaled})
+    score = stager.staged(_cheapen(score_clause, exact_division))
+    weight = None if weight_clause is None else stager.staged(_cheapen(weight_clause, exact_division))
+    sink = None if sink_clause is None else stager.hoist(sink_clause)
+    mask = None if attention.mask == Constant(True) else stager.staged(attention.mask)
+    blocks = _hoist_blocks(block_structure(attention.mask), stager)
+    levels = {level: stager.bindings(level) for level in _PAIR_LEVELS}
+
+    used: list[Expr] = [scale, *_values(*levels.values()), *_block_exprs(blocks)]
+    used += [] if sink is None else [sink]
+    for staged in (score, mask, weight):
+        used += [] if staged is None else [staged.value, *(b.value for b in staged.bindings)]
+    return ForwardPlan(
+        kernel="forward",
+        name=f"{attention.name}_forward",
+        spec=attention,
+        target=target,
+        dtype=specialization.dtype,
+        head_dim_qk=specialization.head_dim_qk,
+        head_dim_v=specialization.head_dim_v,
+        tensors=_tensors_in(used, specialization),
+        scalars=_scalars_in(used, attention),
+        scale=scale,
+        fold_scale=fold_scale,
+        score=score,
+        mask=mask,
+        normalizer=normalizer,
+        weight=weight,
+        sink=sink,
+        blocks=blocks,
+        tile=tile,
+        **levels,
+    )
+
+
+def _pair_level(expr: Expr) -> int:
+    """The level of an expression within the forward kernel; tile corners and summaries stay where they stand."""
+    if any(isinstance(node, Hole | Summary) or _is_corner(node) for node in walk(expr)):
+        return len(_PAIR_LEVELS)
+    varies = variance(expr)
+    if {"q", "kv"} <= varies:
+        return len(_PAIR_LEVELS)
+    for coordinate, level in (("q", "row"), ("kv", "key")):
+        if coordinate in varies:
+            return _PAIR_LEVELS.index(level)
+    return _PAIR_LEVELS.index("head" if varies else "call")
+
+
+def _is_corner(expr: Expr) -> bool:
+    return isinstance(expr, Index) and expr.name in ("q_lo", "q_hi", "kv_lo", "kv_hi")
+
+
+def _normalizer_parts(
+    attention: Attention,
+) -> tuple[Literal["softmax", "sum", "none"], Expr | None, Expr | None]:
+    """The kind of normalizer, its weight and its sink."""
+    match attention.normalizer:
+        case Softmax(sink=sink):
+            return "softmax", None, sink
+        case Sum(weight=weight):
+            return "sum", weight, None
+        case Elementwise(weight=weight):
+            return "none", weight, None
+
+
+def _cheapen(expr: Expr, exact_division: bool) -> Expr:
+    """Small powers as products, and division by what does not vary within a pair as a product with its reciprocal.
+
+    The reciprocal differs from the quotient by one rounding; f64 kernels keep the division.
+    """
+    expr = map_children(expr, lambda child: _cheapen(child, exact_division))
+    match expr:
+        case Apply(op="pow", args=(base, Constant(value=float(exponent)))) if exponent in (2.0, 3.0, 4.0):
+            square = Apply("mul", (base, base))
+            return {2.0: square, 3.0: Apply("mul", (square, base)), 4.0: Apply("mul", (square, square))}[exponent]
+        case Apply(op="div", args=(dividend, divisor)) if (
+            not exact_division and _pair_level(dividend) > _pair_level(divisor) and _pair_level(divisor) < 2
+        ):
+            reciprocal = (
+                Constant(1.0 / divisor.value)
+                if isinstance(divisor, Constant) and divisor.value
+                else Apply("div", (Constant(1.0), divisor))
+            )
+            return Apply("mul", (dividend, reciprocal))
+        case _:
+            return expr
+
+
+def _hoist_blocks(blocks: BlockStructure, stager: Stager) -> BlockStructure:
+    """Loads and arithmetic that do not depend on the tile move to the head and call levels."""
+
+    def hoisted(key_range: KeyRange) -> KeyRange:
+        return KeyRange(
+            lo=stager.hoist(key_range.lo),
+            hi=stager.hoist(key_range.hi),
+            full_lo=stager.hoist(key_range.full_lo),
+            full_hi=stager.hoist(key_range.full_hi),
+        )
+
+    return replace(
+        blocks,
+        ranges=tuple(hoisted(key_range) for key_range in blocks.ranges),
+        possible=stager.hoist(blocks.possible),
+        certain=stager.hoist(blocks.certain),
+    )
+
+
+def _plan_tiles(forward: ForwardPlan) -> TilesPlan:
+    """The tables that `forward` reads, from the same expressions and the same tiles."""
+    stager = Stager(_PAIR_LEVELS, _PAIR_SUFFIXES, _pair_level, _reserved(forward.spec))
+    blocks = _hoist_blocks(block_structure(forward.spec.mask), stager)
+    call, head = stager.bindings("call"), stager.bindings("head")
+    used = [*_values(call, head), *_block_exprs(blocks)]
+    names = {tensor.name for tensor in forward.tensors}
+    return TilesPlan(
+        kernel="tiles",
+        name=f"{forward.spec.name}_tiles",
+        spec=forward.spec,
+        target=forward.target,
+        tensors=tuple(t for t in forward.tensors if t.name in names & set(_names(used, Load))),
+        scalars=_scalars_in(used, forward.spec),
+        call=call,
+        head=head,
+        blocks=blocks,
+        tile=forward.tile,
+    )
+
+
+def _choose_tile(specialization: Specialization, target: Target) -> Tile:
+    choose = {"cpp": choose_cpp_tile, "triton": choose_triton_tile}[target.family]
+    return choose(target.arch, specialization.dtype, specialization.head_dim_qk, specialization.head_dim_v)
+
+
+# --- what a kernel reads --------------------------------------------------------------------------------------------
+
+
+def _values(*levels: Iterable[Binding]) -> list[Expr]:
+    return [binding.value for level in levels for binding in level]
+
+
+def _block_exprs(blocks: BlockStructure) -> list[Expr]:
+    corners = [e for r in blocks.ranges for e in (r.lo, r.hi, r.full_lo, r.full_hi)]
+    return [*corners, blocks.possible, blocks.certain, *blocks.summaries]
+
+
+def _tensors_in(exprs: Iterable[Expr], specialization: Specialization) -> tuple[TensorArgument, ...]:
+    ranks = {node.tensor: len(node.indices) for expr in exprs for node in walk(expr) if isinstance(node, Load)}
+    return tuple(
+        TensorArgument(name, dtype, ranks[name]) for name, dtype in specialization.tensors if name in ranks
+    )
+
+
+def _scalars_in(exprs: Iterable[Expr], attention: Attention) -> tuple[ScalarArgument, ...]:
+    used = {node.name for expr in exprs for node in walk(expr) if isinstance(node, Parameter)}
+    declared = [ScalarArgument(p.name, p.kind) for p in attention.scalars if p.name in used]
+    return (*declared, *([ScalarArgument(GROUP_SIZE, Kind.INT)] if GROUP_SIZE in used else []))
+
+
+def _reserved(attention: Attention) -> set[str]:
+    """Names that no binding may take: those of the specification."""
+    return {parameter.name for parameter in attention.parameters}

@@ -1,0 +1,17 @@
+"""Tiles of the C++ kernels: how many queries and keys a thread works on at once."""
+
+from __future__ import annotations
+
+from attncc.ir.types import DType
+from attncc.plan.nodes import CppTile
+
+# Bytes of a vector register.
+_REGISTER_BYTES = {"avx512_bf16": 64, "avx512": 64, "avx2": 32, "portable": 16}
+
+
+def choose_tile(arch: str, dtype: DType, head_dim_qk: int, head_dim_v: int) -> CppTile:
+    """Two registers of queries by eight keys fill the accumulators of a machine with 32 registers, four keys those of
+    one with 16; 256 keys of K and V in f32 at D = 128 stay in a 512 KB second-level cache."""
+    del head_dim_qk, head_dim_v
+    lanes = _REGISTER_BYTES[arch] // (8 if dtype is DType.F64 else 4)
+    return CppTile(lanes=lanes, vectors=2, block_n=256, micro_keys=4 if arch == "avx2" else 8)
