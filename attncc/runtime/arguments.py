@@ -1,0 +1,180 @@
+"""The arguments of a call: what fits is bound quickly, what does not is explained.
+
+`Signature.bind` takes the common path with a few comparisons; only when one fails does `attncc.runtime.refusals` look
+for every reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attncc.ir.nodes import Apply, Attention, Constant, Expr, ScalarParameter, Size, TensorParameter
+from attncc.ir.types import DType, Kind
+
+# Positions are 32-bit in the kernels, with room to add two of them.
+MAX_LENGTH = 2**30
+INT_RANGE = range(-(2**31), 2**31)
+
+TORCH_DTYPES: dict[DType, torch.dtype] = {
+    DType.BOOL: torch.bool,
+    DType.I32: torch.int32,
+    DType.I64: torch.int64,
+    DType.F16: torch.float16,
+    DType.BF16: torch.bfloat16,
+    DType.F32: torch.float32,
+    DType.F64: torch.float64,
+}
+DTYPES = {torch_dtype: dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
+OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PYTHON_TYPES: dict[Kind, tuple[type, ...]] = {Kind.BOOL: (bool,), Kind.INT: (int,), Kind.FLOAT: (float, int)}
+
+
+class Mismatch(Exception):
+    """The arguments do not fit; says no more than that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The sizes of a call, in the order in which kernels take them."""
+
+    B: int
+    H: int
+    HKV: int
+    M: int
+    N: int
+    D: int
+    E: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Arguments that fit. `tensors` and `scalars` hold the inputs of the specification by name."""
+
+    sizes: Sizes
+    q_offset: int
+    tensors: dict[str, Tensor]
+    scalars: dict[str, bool | int | float]
+
+
+class Signature:
+    """What an attention asks of its callers."""
+
+    def __init__(self, attention: Attention) -> None:
+        self.attention = attention
+        self.scalars = attention.scalars
+        self.defaults = {p.name: p.default for p in self.scalars if p.default is not None}
+        self.tensors = attention.tensors
+        self._shapes = {p.name: tuple(size_function(axis) for axis in p.shape) for p in self.tensors}
+        self._dtypes = {p.name: frozenset(TORCH_DTYPES[d] for d in p.dtypes) for p in self.tensors}
+
+    def shape(self, name: str, sizes: Sizes) -> tuple[int, ...]:
+        """The shape that the captured tensor `name` must have at these sizes."""
+        return tuple(axis(sizes) for axis in self._shapes[name])
+
+    def bind(self, q: Any, k: Any, v: Any, q_offset: int | None, inputs: Mapping[str, Any]) -> Bound:
+        """The arguments in the form in which kernels take them. Raises `Mismatch` where they do not fit."""
+        try:
+            sizes = operand_sizes(q, k, v)
+            offset = sizes.N - sizes.M if q_offset is None else q_offset
+            if type(offset) is not int or not -MAX_LENGTH <= offset <= MAX_LENGTH:
+                raise Mismatch
+            if not self.scalars and not self.tensors:
+                if inputs:
+                    raise Mismatch
+                return Bound(sizes, offset, {}, {})
+            tensors = {p.name: self._tensor(p, inputs[p.name], sizes, q.device) for p in self.tensors}
+            scalars = {p.name: self._scalar(p, inputs.get(p.name, p.default)) for p in self.scalars}
+        except (AttributeError, TypeError, ValueError, KeyError) as error:
+            raise Mismatch from error
+        if len(inputs) > len(tensors) + sum(p.name in inputs for p in self.scalars):
+            raise Mismatch
+        return Bound(sizes, offset, tensors, scalars)
+
+    def _tensor(self, parameter: TensorParameter, value: Any, sizes: Sizes, device: torch.device) -> Tensor:
+        name = parameter.name
+        if not parameter.shape and not isinstance(value, Tensor):
+            value = torch.tensor(value, dtype=TORCH_DTYPES[preferred_dtype(parameter)], device=device)
+        if value.dtype not in self._dtypes[name] or value.device != device:
+            raise Mismatch
+        if tuple(value.shape) != self.shape(name, sizes):
+            raise Mismatch
+        return value
+
+    @staticmethod
+    def _scalar(parameter: ScalarParameter, value: Any) -> bool | int | float:
+        if isinstance(value, Tensor):
+            value = value.item()
+        kind = parameter.kind
+        if kind is Kind.FLOAT and type(value) in (float, int):
+            return float(value)
+        if type(value) not in PYTHON_TYPES[kind] or (kind is Kind.INT and value not in INT_RANGE):
+            raise Mismatch
+        return value
+
+
+def operand_sizes(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
+    """The sizes that q (B, H, M, D), k (B, HKV, N, D) and v (B, HKV, N, E) agree on. Raises `Mismatch` or `ValueError`
+    where they do not."""
+    batch, heads, rows, width = q.shape
+    batch_k, heads_k, keys, width_k = k.shape
+    batch_v, heads_v, keys_v, width_v = v.shape
+    dtype, device = q.dtype, q.device
+    if (
+        batch_k != batch
+        or batch_v != batch
+        or heads_v != heads_k
+        or keys_v != keys
+        or width_k != width
+        or (heads % heads_k if heads_k else heads)
+        or k.dtype is not dtype
+        or v.dtype is not dtype
+        or dtype not in OPERAND_DTYPES
+        or k.device != device
+        or v.device != device
+        or rows > MAX_LENGTH
+        or keys > MAX_LENGTH
+        or width == 0
+        or width_v == 0
+    ):
+        raise Mismatch
+    return Sizes(batch, heads, heads_k, rows, keys, width, width_v)
+
+
+def preferred_dtype(parameter: TensorParameter) -> DType:
+    """The element type that a Python number takes when it is passed for a 0-d tensor."""
+    for wanted in (DType.F32, DType.I64):
+        if wanted in parameter.dtypes:
+            return wanted
+    return parameter.dtypes[0]
+
+
+def size_function(expr: Expr) -> Callable[[Sizes], int]:
+    """A shape expression as a function of the sizes of a call."""
+    match expr:
+        case Constant(value=value):
+            return lambda _: int(value)
+        case Size(name=name):
+            return lambda sizes: getattr(sizes, name)
+        case Apply(op=op, args=args):
+            function = _SIZE_OPERATIONS[op]
+            parts = [size_function(arg) for arg in args]
+            return lambda sizes: function(*(part(sizes) for part in parts))
+        case _:
+            raise AssertionError(f"not a shape expression: {expr}")
+
+
+_SIZE_OPERATIONS: dict[str, Callable[..., int]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "neg": lambda a: -a,
+    "floordiv": lambda a, b: a // b,
+    "mod": lambda a, b: a % b,
+    "min": min,
+    "max": max,
+}
