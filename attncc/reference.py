@@ -1,0 +1,332 @@
+"""The oracle: evaluates the IR directly, in float64, untiled.
+
+It shares nothing with planning and emission. Every expression is evaluated with plain torch operations over index
+tensors that broadcast; every score and weight only at the pairs that the mask keeps, so that nothing at a masked pair
+can reach a result or a gradient. Differentiable by torch autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from attncc.ir.errors import IRError
+from attncc.ir.nodes import (
+    Apply,
+    Attention,
+    Constant,
+    Element,
+    Elementwise,
+    Expr,
+    Hole,
+    Index,
+    Load,
+    Parameter,
+    Reduce,
+    RowName,
+    Size,
+    Softmax,
+    Sum,
+    Summary,
+    Variable,
+)
+from attncc.ir.operators import OPERATORS
+from attncc.source import Span
+
+
+class OutOfRange(IndexError):
+    """A kept pair (or a row) reads outside a tensor.
+
+    span    of the load in the specification, where known
+    tensor  name of the tensor; q, k or v for an element of a row
+    axis, index, size   index is not in [0, size) of that axis
+    at      the coordinates of the read: b, h, and q_row, q_idx, kv_idx, d where they matter
+    """
+
+    def __init__(
+        self, span: Span | None, tensor: str, axis: int, index: int, size: int, at: Mapping[str, int]
+    ) -> None:
+        self.span, self.tensor, self.axis, self.index, self.size, self.at = span, tensor, axis, index, size, dict(at)
+        place = ", ".join(f"{name} = {value}" for name, value in self.at.items())
+        where = f"{span}: " if span is not None else ""
+        super().__init__(f"{where}index {index} is outside axis {axis} of `{tensor}`, of size {size}, at {place}")
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A read outside its tensor, wherever `outside` is true: an error if such a place is kept in the end."""
+
+    expr: Load | Element
+    axis: int
+    index: Tensor
+    size: int
+    outside: Tensor
+    indices: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Where an expression is evaluated: the value of everything that it may name.
+
+    indices   int64 tensors that broadcast against each other
+    inputs    float, int64 and bool tensors by name, scalars among them as 0-d tensors
+    holes     the values of `qk`, `score`
+    rows      for row transforms: the untransformed rows (R, width), read at `position` (R, 1)
+    floating  the element type of floats that come from ints and literals
+    reads     collects reads outside their tensors
+    """
+
+    indices: Mapping[str, Tensor]
+    sizes: Mapping[str, int]
+    inputs: Mapping[str, Tensor]
+    reads: list[Read]
+    holes: Mapping[str, Tensor]
+    rows: Mapping[RowName, Tensor]
+    position: Tensor | None = None
+    floating: torch.dtype = torch.float64
+
+
+TRUE = torch.tensor(True)
+
+
+def value(expr: Expr, scope: Scope, active: Tensor = TRUE) -> Tensor:
+    """`expr` at every place of `scope`, in a shape that broadcasts to theirs.
+
+    `active` tells the places whose value matters. `where`, `and` and `or` narrow it: what the choice leaves out is
+    computed, from reads moved into their tensors, but is not an error.
+    """
+    match expr:
+        case Constant(value=constant):
+            return _scalar(constant, scope.floating)
+        case Index(name=name):
+            return scope.indices[name]
+        case Size(name=name):
+            return torch.tensor(scope.sizes[name])
+        case Parameter(name=name):
+            return scope.inputs[name]
+        case Load(tensor=tensor, indices=indices):
+            places = [value(index, scope, active) for index in indices]
+            return _read(expr, scope.inputs[tensor], places, scope, active)
+        case Element(row=row, index=index):
+            assert scope.position is not None, "elements stand in row transforms only"
+            places = [scope.position, value(index, scope, active)]
+            return _read(expr, scope.rows[row], places, scope, active)
+        case Reduce():
+            return _reduce(expr, scope, active)
+        case Hole(name=name):
+            return scope.holes[name]
+        case Apply(op="where", args=(condition, then, otherwise)):
+            chosen = value(condition, scope, active)
+            return torch.where(
+                chosen, value(then, scope, active & chosen), value(otherwise, scope, active & ~chosen)
+            )
+        case Apply(op="and", args=(left, right)):
+            first = value(left, scope, active)
+            return first & value(right, scope, active & first)
+        case Apply(op="or", args=(left, right)):
+            first = value(left, scope, active)
+            return first | value(right, scope, active & ~first)
+        case Apply(op=op, args=args):
+            result = OPERATORS[op].torch(*(value(argument, scope, active) for argument in args))
+            return result.to(scope.floating) if op == "to_float" else result
+        case Variable() | Summary():
+            raise IRError(f"{expr} belongs to a plan")
+        case _:
+            assert_never(expr)
+
+
+def _scalar(constant: bool | float, floating: torch.dtype) -> Tensor:
+    return torch.tensor(constant, dtype=floating) if isinstance(constant, float) else torch.tensor(constant)
+
+
+def _read(expr: Load | Element, tensor: Tensor, places: list[Tensor], scope: Scope, active: Tensor) -> Tensor:
+    """`tensor[places]`, each index moved into its axis; noting the active places where one had to be."""
+    inside: list[Tensor] = []
+    for axis, (index, size) in enumerate(zip(places, tensor.shape, strict=True)):
+        outside = active & ((index < 0) | (index >= size))
+        if outside.any():
+            scope.reads.append(Read(expr, axis, index, size, outside, scope.indices))
+        inside.append(index.clamp(0, max(size - 1, 0)))
+    if tensor.numel() == 0:
+        return torch.zeros(torch.broadcast_shapes(*(index.shape for index in inside)), dtype=tensor.dtype)
+    return tensor[tuple(inside)]
+
+
+def _reduce(expr: Reduce, scope: Scope, active: Tensor) -> Tensor:
+    """The body over d along a last axis of its own, which becomes 1. A maximum over nothing is -inf."""
+    d = torch.arange(int(value(expr.size, scope)))
+    active = active.any(-1, keepdim=True) if active.dim() else active
+    body = value(expr.body, replace(scope, indices={**scope.indices, "d": d.unsqueeze(0)}), active)
+    body = body.broadcast_to(torch.broadcast_shapes(body.shape, (1, len(d))))
+    if expr.op == "sum":
+        return body.sum(-1, keepdim=True)
+    return torch.cat([body, body.new_full((body.shape[0], 1), -torch.inf)], -1).amax(-1, keepdim=True)
+
+
+def check_reads(scope: Scope, kept: Tensor = TRUE) -> None:
+    """Raise `OutOfRange` for the first read outside its tensor at a kept place."""
+    for read in scope.reads:
+        names = [name for name in ("b", "h", "q_row", "q_idx", "kv_idx", "d") if name in read.indices]
+        wrong, index, *coordinates = torch.broadcast_tensors(
+            read.outside & kept, read.index, *(read.indices[name] for name in names)
+        )
+        if not wrong.any():
+            continue
+        at = {name: int(c[wrong][0]) for name, c in zip(names, coordinates, strict=True)}
+        match read.expr:
+            case Load(tensor=name, span=span) | Element(row=name, span=span):
+                raise OutOfRange(span, name, read.axis, int(index[wrong][0]), read.size, at)
+    scope.reads.clear()
+
+
+def evaluate(
+    attention: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: Mapping[str, Tensor | bool | float],
+    q_offset: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The output and the log of the row's sum of weights, in float64.
+
+    q (B, H, M, D), k (B, HKV, N, D), v (B, HKV, N, E) -> o (B, H, M, E), lse (B, H, M); lse is None where weights are
+    not summed (`Elementwise`). `inputs`: captured tensors and scalars by name; scalars left out take their defaults.
+    Raises `OutOfRange` for a read outside its tensor at a kept pair; what masked pairs read is never looked at.
+    """
+    batch, heads, rows, width_qk = q.shape
+    heads_kv, keys = k.shape[1:3]
+    offset = keys - rows if q_offset is None else q_offset
+    sizes = {"B": batch, "H": heads, "HKV": heads_kv, "M": rows, "N": keys, "D": width_qk, "E": v.shape[3]}
+    scalars = {p.name: p.default for p in attention.scalars if p.default is not None}
+    captured = {name: _widened(torch.as_tensor(x)) for name, x in {**scalars, **inputs}.items()}
+    scope = Scope({}, {**sizes, "q_offset": offset}, captured, [], {}, {})
+    q, k, v = (_widened(x) for x in (q, k, v))
+    outputs: list[Tensor] = []
+    sums: list[Tensor] = []
+    for b in range(batch):
+        for h in range(heads):
+            hkv = h // (heads // heads_kv)
+            at_head = {"b": torch.tensor(b), "h": torch.tensor(h), "hkv": torch.tensor(hkv)}
+            o, lse = _head(attention, q[b, h], k[b, hkv], v[b, hkv], replace(scope, indices=at_head))
+            outputs.append(o)
+            sums.append(lse)
+    shape = (batch, heads, rows)
+    o = torch.stack(outputs).reshape(*shape, v.shape[3]) if outputs else q.new_zeros(*shape, v.shape[3])
+    if isinstance(attention.normalizer, Elementwise):
+        return o, None
+    return o, torch.stack(sums).reshape(shape) if sums else q.new_zeros(shape)
+
+
+def _widened(x: Tensor) -> Tensor:
+    """`x` as float64, int64 or bool."""
+    if x.dtype == torch.bool:
+        return x
+    return x.to(torch.float64 if x.is_floating_point() else torch.int64)
+
+
+def _head(attention: Attention, q: Tensor, k: Tensor, v: Tensor, scope: Scope) -> tuple[Tensor, Tensor]:
+    """o (M, E) and lse (M,) of one query head; q (M, D), k (N, D), v (N, E)."""
+    q_row, kv_idx = torch.arange(len(q)), torch.arange(len(k))
+    q_idx = q_row + scope.sizes["q_offset"]
+    q = transformed(attention.q, "q", q, {"q_row": q_row, "q_idx": q_idx}, scope)
+    k = transformed(attention.k, "k", k, {"kv_idx": kv_idx}, scope)
+    v = transformed(attention.v, "v", v, {"kv_idx": kv_idx}, scope)
+
+    grid = {"q_row": q_row[:, None], "q_idx": q_idx[:, None], "kv_idx": kv_idx[None, :]}
+    everywhere = replace(scope, indices={**scope.indices, **grid}, reads=[])
+    kept = value(attention.mask, everywhere).broadcast_to(len(q), len(k))
+    check_reads(everywhere, kept)
+
+    # From here on one axis: the kept pairs. A masked pair is not there to be computed.
+    row, column = kept.nonzero(as_tuple=True)
+    pair = {"q_row": q_row[row], "q_idx": q_idx[row], "kv_idx": column}
+    at_pairs = replace(scope, indices={**scope.indices, **pair}, reads=[])
+    qk = value(attention.scale, at_pairs) * _dots(q, k, row, column)
+    score = value(attention.score, replace(at_pairs, holes={"qk": qk})).broadcast_to(row.shape)
+    at_scores = replace(at_pairs, holes={"score": score})
+
+    match attention.normalizer:
+        case Softmax(sink=sink):
+            at_rows = {"q_row": q_row, "q_idx": q_idx}
+            extra = -torch.inf if sink is None else _at_rows(sink, at_rows, scope)
+            p, total, lse = _softmax(score, row, column, kept.shape, extra)
+            weight = p[row, column] / total[row]
+        case Sum(weight=weight):
+            weight = value(weight, at_scores).broadcast_to(row.shape)
+            total = torch.zeros(len(q), dtype=weight.dtype).index_add(0, row, weight)
+            nothing = total == 0
+            total = torch.where(nothing, 1, total)
+            lse = torch.where(nothing, -torch.inf, total.log())
+            # A sum of 0 gives 0, even where the weights that cancel in it are not.
+            weight = torch.where(nothing[row], 0, weight) / total[row]
+        case Elementwise(weight=weight):
+            weight = value(weight, at_scores).broadcast_to(row.shape)
+            lse = torch.zeros(len(q), dtype=weight.dtype)
+        case _:
+            assert_never(attention.normalizer)
+    check_reads(at_pairs)
+    return _weighted_sum(weight, v, row, column, len(q)), lse
+
+
+def transformed(expr: Expr, row: RowName, x: Tensor, positions: Mapping[str, Tensor], scope: Scope) -> Tensor:
+    """Each row of `x` (R, width) transformed by `expr`, the value of element d."""
+    indices = {name: index[:, None] for name, index in positions.items()}
+    indices["d"] = torch.arange(x.shape[1])[None, :]
+    inner = replace(
+        scope,
+        indices={**scope.indices, **indices},
+        rows={row: x},
+        position=torch.arange(x.shape[0])[:, None],
+        reads=[],
+    )
+    result = value(expr, inner)
+    check_reads(inner)
+    return result.broadcast_to(x.shape)
+
+
+def _at_rows(expr: Expr, positions: Mapping[str, Tensor], scope: Scope) -> Tensor:
+    """`expr` at every query row."""
+    inner = replace(scope, indices={**scope.indices, **positions}, reads=[])
+    result = value(expr, inner)
+    check_reads(inner)
+    return result
+
+
+def _dots(q: Tensor, k: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """dot(q[row], k[column]) of each pair."""
+    if q.isfinite().all() and k.isfinite().all():
+        return (q @ k.T)[row, column]
+    # A matrix product would mix rows in the backward pass, as 0 * inf.
+    return (q[row] * k[column]).sum(-1)
+
+
+def _weighted_sum(weight: Tensor, v: Tensor, row: Tensor, column: Tensor, rows: int) -> Tensor:
+    """Per row, the sum of weight * v[column] over its pairs."""
+    if v.isfinite().all():
+        dense = torch.zeros(rows, len(v), dtype=weight.dtype).index_put((row, column), weight)
+        return dense @ v
+    # As above: a masked key's weight is absent, not 0.
+    return torch.zeros(rows, v.shape[1], dtype=weight.dtype).index_add(0, row, weight[:, None] * v[column])
+
+
+def _softmax(
+    score: Tensor, row: Tensor, column: Tensor, shape: torch.Size, extra: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(score - m) as a matrix, the rows' sums (1 where there is nothing to sum) and lse; m is the row's maximum.
+
+    `extra` is one more score per row, that of no key: the sink, or -inf. It also gives every row a maximum.
+    """
+    dense = torch.full(shape, -torch.inf, dtype=score.dtype).index_put((row, column), score)
+    last = torch.as_tensor(extra, dtype=score.dtype).broadcast_to(shape[0])[:, None]
+    scores = torch.cat([dense, last], 1)
+    m = scores.detach().amax(1)
+    m = torch.where(m == -torch.inf, 0, m)
+    p = torch.exp(scores - m[:, None])
+    total = p.sum(1)
+    nothing = total == 0
+    total = torch.where(nothing, 1, total)
+    return p[:, :-1], total, torch.where(nothing, -torch.inf, m + total.log())
