@@ -1,0 +1,211 @@
+"""Parse tree → syntax tree."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import textwrap
+from typing import TYPE_CHECKING, Any, cast
+
+from attncc.diagnostics import Diagnostic
+from attncc.source import Source, Span
+from attncc.syntax import nodes
+from attncc.syntax.errors import BadNumber, TooDeep
+
+if TYPE_CHECKING:
+    from lark import Token, Tree
+
+# Deep enough for people; shallow enough that every pass may recurse.
+MAX_DEPTH = 100
+
+
+class Builder:
+    """Builds the tree of one source; `errors` collects what is wrong with single literals."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.errors: list[Diagnostic] = []
+
+    def file(self, tree: Tree[Any]) -> nodes.File:
+        items: list[nodes.Item] = []
+        for child in tree.children:
+            match cast("str", child.data):
+                case "use":
+                    items.append(self._use(child))
+                case "define":
+                    items.append(self._define(child))
+                case "attention":
+                    items.append(self._attention(child))
+                case "broken":
+                    pass
+                case other:
+                    raise AssertionError(other)
+        return nodes.File(tuple(items), Span(self.source, 0, len(self.source.text)))
+
+    def _use(self, tree: Tree[Any]) -> nodes.Use:
+        path: Token = tree.children[0]
+        return nodes.Use(str(path)[1:-1], self._line_span(tree), self._span(path))
+
+    def _define(self, tree: Tree[Any]) -> nodes.Define:
+        name, parameters, value = tree.children
+        built = None
+        if parameters is not None:
+            built = tuple(self._define_parameter(child) for child in parameters.children if child is not None)
+        return nodes.Define(
+            str(name), built, self.expression(value), span=self._line_span(tree), name_span=self._span(name)
+        )
+
+    def _define_parameter(self, tree: Tree[Any]) -> nodes.DefineParameter:
+        name, default = tree.children
+        return nodes.DefineParameter(
+            str(name), None if default is None else self.expression(default), span=self._span(name)
+        )
+
+    def _attention(self, tree: Tree[Any]) -> nodes.Attention:
+        name, parameters, doc, *body = tree.children
+        return nodes.Attention(
+            str(name),
+            tuple(self._parameter(child) for child in parameters.children if child is not None),
+            None if doc is None else inspect.cleandoc(str(doc.children[0])[3:-3]).strip(),
+            tuple(self._statement(child) for child in body if child.data != "broken"),
+            span=self._line_span(tree),
+            name_span=self._span(name),
+        )
+
+    def _parameter(self, tree: Tree[Any]) -> nodes.Parameter:
+        name, const, type_, default = tree.children
+        type_name, shape = type_.children
+        axes = None if shape is None else tuple(self.expression(c) for c in shape.children if c is not None)
+        return nodes.Parameter(
+            str(name),
+            const is not None,
+            nodes.Type(str(type_name), axes, span=self._tree_span(type_)),
+            None if default is None else self.expression(default),
+            span=self._tree_span(tree),
+            name_span=self._span(name),
+        )
+
+    def _statement(self, tree: Tree[Any]) -> nodes.Statement:
+        span = self._line_span(tree)
+        match cast("str", tree.data):
+            case "let":
+                name, value = tree.children
+                return nodes.Let(str(name), self.expression(value), span, self._span(name))
+            case "assign":
+                name, value = tree.children
+                return nodes.Clause(str(name), self.expression(value), span, self._span(name))
+            case _:
+                keyword: Token = tree.children[0]
+                column = self.source.position(span.start)[1] - 1
+                text = textwrap.dedent(" " * column + span.text)
+                return nodes.Later(str(keyword), text, span, self._span(keyword))
+
+    def expression(self, tree: Tree[Any], depth: int = 0) -> nodes.Expression:
+        """The expression of a tree; 0 where it is too deep, which is reported."""
+        span = self._tree_span(tree)
+        if depth > MAX_DEPTH:
+            self.errors.append(TooDeep(span, MAX_DEPTH))
+            return nodes.Number(0, "0", span)
+        deeper = depth + 1
+        children: list[Any] = tree.children
+        match cast("str", tree.data):
+            case "name":
+                return nodes.Name(str(children[0]), span)
+            case "number":
+                return self._number(str(children[0]), span)
+            case "true" | "false":
+                return nodes.Boolean(tree.data == "true", span)
+            case "group":
+                # The brackets count into the span, so that a caret line under a larger expression covers them.
+                return dataclasses.replace(self.expression(children[0], deeper), span=span)
+            case "unary":
+                operator, operand = children
+                return nodes.Unary(cast("nodes.UnaryOperator", str(operator)), self.expression(operand, deeper), span)
+            case "binary":
+                left, operator, right = children
+                return nodes.Binary(
+                    cast("nodes.BinaryOperator", str(operator)),
+                    self.expression(left, deeper),
+                    self.expression(right, deeper),
+                    span,
+                    self._span(operator),
+                )
+            case "compare":
+                operands = [self.expression(child, deeper) for child in children[::2]]
+                links = [cast("nodes.Comparison", str(operator)) for operator in children[1::2]]
+                return nodes.Compare(operands[0], tuple(zip(links, operands[1:], strict=True)), span)
+            case "conditional":
+                then, condition, otherwise = (self.expression(child, deeper) for child in children)
+                return nodes.Conditional(then, condition, otherwise, span)
+            case "call":
+                return self._call(children, span, deeper)
+            case "subscript":
+                base, *indices = children
+                return nodes.Subscript(
+                    self.expression(base, deeper),
+                    tuple(
+                        nodes.FullSlice(self._tree_span(index))
+                        if index.data == "full_slice"
+                        else self.expression(index, deeper)
+                        for index in indices
+                    ),
+                    span,
+                )
+            case "attribute":
+                base, name = children
+                return nodes.Attribute(self.expression(base, deeper), str(name), span)
+            case other:
+                raise AssertionError(other)
+
+    def _call(self, children: list[Any], span: Span, depth: int) -> nodes.Call:
+        arguments: list[nodes.Expression] = []
+        keywords: list[nodes.Keyword] = []
+        for child in children[1:]:
+            if child is None:
+                continue
+            if child.data == "keyword":
+                name, value = child.children
+                keywords.append(nodes.Keyword(str(name), self.expression(value, depth), self._tree_span(child)))
+            else:
+                arguments.append(self.expression(child, depth))
+        return nodes.Call(str(children[0]), tuple(arguments), tuple(keywords), span, self._span(children[0]))
+
+    def _number(self, text: str, span: Span) -> nodes.Number:
+        digits = text.lower()
+        try:
+            if digits.startswith(("0x", "0b")) or not set(digits) & set(".e"):
+                value: int | float = int(digits, 0)
+                problem = "ints have 64 bits" if value >= 2**63 else ""
+            else:
+                value = float(digits)
+                problem = "too large for a float" if value == float("inf") else ""
+        except ValueError:
+            value, problem = 0, "misplaced digits or `_`"
+        if problem:
+            self.errors.append(BadNumber(span, text if len(text) <= 40 else text[:37] + "...", problem))
+            value = 0
+        return nodes.Number(value, text, span)
+
+    def _span(self, token: Token) -> Span:
+        return Span(self.source, token.start_pos or 0, token.end_pos or 0)
+
+    def _tree_span(self, tree: Tree[Any]) -> Span:
+        return Span(self.source, tree.meta.start_pos, tree.meta.end_pos)
+
+    def _line_span(self, tree: Tree[Any]) -> Span:
+        """The span of a statement or a definition, without the line break, the comments and the blank lines after it."""
+        return Span(self.source, tree.meta.start_pos, _end(tree))
+
+
+# Trees that hold whole lines, so that their own extent reaches over the line break at their end.
+_LINES = frozenset(
+    ("use", "define", "attention", "doc", "let", "assign", "feature_of", "sort_by", "recurrence", "select", "branch")
+)
+
+
+def _end(tree: Tree[Any]) -> int:
+    """Where the last thing written in a tree ends."""
+    if tree.data not in _LINES:
+        return tree.meta.end_pos
+    last = next(child for child in reversed(tree.children) if child is not None and child != "broken")
+    return _end(last) if hasattr(last, "data") else last.end_pos
