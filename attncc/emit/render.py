@@ -1,7 +1,7 @@
 """Renders a plan through the template of its kernel and target.
 
 The template `<family>/<kernel>.<extension>.jinja` is looked up in the user's folders first, then in the project's own,
-so that a folder with one file in it replaces one kernel.
+so that a folder with one file in it replaces one kernel. A family that is based on another falls back to its templates.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError, TemplateSyntaxError
 
+from attncc.diagnostics import BuildError
+from attncc.emit.errors import BrokenTemplate
 from attncc.plan.nodes import KernelPlan
 from attncc.resources import folder
 
@@ -27,7 +29,7 @@ class Printer(Protocol):
 
 
 def render(plan: KernelPlan, printer: Printer, templates: Sequence[Path] = ()) -> str:
-    """The source of the kernel that `plan` describes."""
+    """The source of the kernel that `plan` describes. Raises BuildError where its template cannot be rendered."""
     environment = Environment(
         loader=FileSystemLoader([*templates, folder("templates")]),
         undefined=StrictUndefined,
@@ -37,5 +39,11 @@ def render(plan: KernelPlan, printer: Printer, templates: Sequence[Path] = ()) -
         autoescape=False,
     )
     environment.filters.update(printer.filters())
-    template = environment.get_template(f"{plan.target.family}/{plan.kernel}.{printer.extension}.jinja")
-    return template.render(plan=plan)
+    file = f"{plan.kernel}.{printer.extension}.jinja"
+    names = [f"{plan.target.family}/{file}", f"{plan.target.backend}/{file}"]
+    try:
+        return environment.select_template(names).render(plan=plan)
+    except TemplateError as error:
+        line = f":{error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+        where = getattr(error, "filename", None) or getattr(error, "name", None) or names[0]
+        raise BuildError(BrokenTemplate(None, plan.name, f"{where}{line}", str(error))) from error

@@ -306,7 +306,7 @@ def _plan_tiles(forward: ForwardPlan) -> TilesPlan:
 
 
 def _choose_tile(specialization: Specialization, target: Target) -> Tile:
-    choose = {"cpp": choose_cpp_tile, "triton": choose_triton_tile}[target.family]
+    choose = {"cpp": choose_cpp_tile, "triton": choose_triton_tile}[target.backend]
     return choose(target.arch, specialization.dtype, specialization.head_dim_qk, specialization.head_dim_v)
 
 

@@ -19,14 +19,24 @@ from attncc.ir.types import DType, Kind
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """`cpp` or `triton`, and the machine within it.
+    """A folder of templates and the machine that they are rendered for.
 
     cpp:     avx512_bf16, avx512, avx2 or portable
     triton:  sm_80, sm_90, sm_100, gfx942, or interpret
+
+    A family from outside the project is based on one of these two (`attncc.emit.families`): its templates are looked
+    up first, its base's otherwise, and the base compiles and launches its kernels.
     """
 
     family: str
     arch: str
+    based_on: Literal["cpp", "triton", ""] = ""
+    flags: tuple[str, ...] = ()
+
+    @property
+    def backend(self) -> str:
+        """`cpp` or `triton`: which printer, tiles, compiler and launcher apply."""
+        return self.based_on or self.family
 
     def __str__(self) -> str:
         return f"{self.family}:{self.arch}"

@@ -81,7 +81,7 @@ class Signature:
         try:
             sizes = operand_sizes(q, k, v)
             offset = sizes.N - sizes.M if q_offset is None else q_offset
-            if type(offset) is not int or not -MAX_LENGTH <= offset <= MAX_LENGTH:
+            if type(offset) is not int or not -MAX_LENGTH <= offset <= MAX_LENGTH - sizes.M:
                 raise Mismatch
             if not self.scalars and not self.tensors:
                 if inputs:

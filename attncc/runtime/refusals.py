@@ -52,10 +52,11 @@ def refuse(
 ) -> CallError:
     """The error for arguments that `Signature.bind` has turned down."""
     reasons = [*_operand_reasons(operands), *_keyword_reasons(signature, inputs)]
-    if q_offset is not None and (type(q_offset) is not int or abs(q_offset) > MAX_LENGTH):
-        reasons.append(
-            WrongScalar(None, "q_offset", "an int within 2**30", _describe(q_offset), "pass the position of query row 0")
-        )
+    if q_offset is not None and (
+        type(q_offset) is not int or q_offset < -MAX_LENGTH or (not reasons and q_offset + operands["q"].shape[2] > MAX_LENGTH)
+    ):
+        advice = "pass the position of query row 0; positions lie within 2**30"
+        reasons.append(WrongScalar(None, "q_offset", "an int", _describe(q_offset), advice))
     if not reasons:
         reasons = [*_input_reasons(signature, _sizes(operands), inputs, operands["q"].device)]
     else:

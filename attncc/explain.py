@@ -1,0 +1,148 @@
+"""`explain`: what the compiler found out about a specification, what it chose, and why not something else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from attncc.ir.nodes import Attention, Elementwise, Expr, Softmax, Sum, identity_row
+from attncc.ir.text import to_text
+from attncc.passes.variance import variance
+from attncc.plan.nodes import (
+    Binding,
+    BlockStructure,
+    CppTile,
+    ForwardPlan,
+    KernelPlan,
+    Program,
+    RowsPlan,
+    Tile,
+    TilesPlan,
+    TritonTile,
+)
+
+_COORDINATES = {"b": "batch", "h": "head", "q": "query", "kv": "key", "d": "element"}
+_STRATEGIES = {
+    "bounds": "closed form: outside the key ranges nothing is kept, inside the full part nothing is masked",
+    "scan": "each tile within the key ranges is classified in the loop, by interval arithmetic",
+    "list": "the live tiles of each tile of queries are listed before the kernel runs, by interval arithmetic over "
+    "the least and greatest values per tile",
+}
+
+
+def explain(spec_text: str, attention: Attention, program: Program) -> str:
+    """The specification, the facts derived from it, the kernels that they led to, and the alternatives."""
+    forward = next(plan for plan in program.kernels if isinstance(plan, ForwardPlan))
+    sections = [
+        ("Specification", spec_text.strip().splitlines()),
+        ("Clauses, and what each varies with", _clauses(attention)),
+        ("Block structure of the mask", _blocks(forward.blocks)),
+        ("Algorithm", _algorithm(attention)),
+        (f"Kernels for {forward.target}, {forward.dtype.value}", _kernels(program)),
+    ]
+    return "\n\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections) + "\n"
+
+
+def _clauses(attention: Attention) -> Iterator[str]:
+    for row in ("q", "k", "v"):
+        transform: Expr = getattr(attention, row)
+        if transform != identity_row(row):
+            yield f"{row:<7}= {to_text(transform)}   [{_varies(transform)}]"
+    clauses: list[tuple[str, Expr]] = [
+        ("scale", attention.scale),
+        ("score", attention.score),
+        ("mask", attention.mask),
+    ]
+    match attention.normalizer:
+        case Softmax(sink=None):
+            pass
+        case Softmax(sink=sink) if sink is not None:
+            clauses.append(("sink", sink))
+        case Elementwise(weight=weight) | Sum(weight=weight):
+            clauses.append(("weight", weight))
+    for name, clause in clauses:
+        yield f"{name:<7}= {to_text(clause)}   [{_varies(clause)}]"
+
+
+def _varies(expr: Expr) -> str:
+    names = [text for coordinate, text in _COORDINATES.items() if coordinate in variance(expr)]
+    return "varies with " + ", ".join(names) if names else "constant within a call"
+
+
+def _blocks(blocks: BlockStructure) -> Iterator[str]:
+    yield f"{blocks.strategy}: {_STRATEGIES[blocks.strategy]}"
+    for number, key_range in enumerate(blocks.ranges, start=1):
+        label = f"range {number}" if len(blocks.ranges) > 1 else "range"
+        yield f"{label}: keys from {to_text(key_range.lo)} to {to_text(key_range.hi)}"
+        if key_range.full_lo != key_range.full_hi:
+            yield f"  full from {to_text(key_range.full_lo)} to {to_text(key_range.full_hi)}"
+    if blocks.strategy != "bounds":
+        yield f"a tile may keep a pair where {to_text(blocks.possible)}"
+        yield f"a tile keeps every pair where {to_text(blocks.certain)}"
+    for summary in blocks.summaries:
+        side = "keys" if summary.axis == "kv" else "queries"
+        yield f"table: {summary.op} of {to_text(summary.load)} over each tile of {side}"
+
+
+def _algorithm(attention: Attention) -> Iterator[str]:
+    match attention.normalizer:
+        case Softmax():
+            yield "streaming softmax: running maximum, sum and weighted values per query; memory linear in M + N"
+            yield "not a chunked recurrence: softmax does not separate into a product of a query's and a key's features"
+            yield "not two passes: the sum of exponentials is a monoid, so tiles of keys merge as they come"
+        case Sum():
+            yield "streaming sum: running sum and weighted values per query; memory linear in M + N"
+            yield _NOT_CHUNKED
+        case Elementwise():
+            yield "streaming weights: weighted values per query, nothing to divide by; memory linear in M + N"
+            yield _NOT_CHUNKED
+    if any(getattr(attention, row) != identity_row(row) for row in ("q", "k", "v")):
+        yield "transformed rows are written out once: within the loop each would be computed again per tile of queries"
+
+
+_NOT_CHUNKED = "not a chunked recurrence: this version streams every pairwise weight, bilinear ones too"
+
+
+def _kernels(program: Program) -> Iterator[str]:
+    for plan in program.kernels:
+        yield f"{plan.name}: {_summary(plan)}"
+        for level, bindings in _levels(plan):
+            yield f"  once per {level}: {'; '.join(f'{b.name} = {to_text(b.value)}' for b in bindings)}"
+
+
+def _summary(plan: KernelPlan) -> str:
+    match plan:
+        case RowsPlan():
+            return f"writes the transformed {plan.row} to a workspace, {plan.width} elements a row, {plan.heads} heads"
+        case TilesPlan():
+            return f"fills {len(plan.blocks.summaries)} tables" + (
+                " and the lists of live tiles" if plan.blocks.strategy == "list" else ""
+            )
+        case ForwardPlan():
+            scale = "the exponential absorbs the scale" if plan.fold_scale else "scores are scaled before anything else"
+            return f"head dims {plan.head_dim_qk} and {plan.head_dim_v}; {_tile(plan.tile)}; {scale}"
+
+
+def _tile(tile: Tile) -> str:
+    match tile:
+        case CppTile():
+            return f"{tile.block_m} queries ({tile.vectors} registers of {tile.lanes} lanes) x {tile.block_n} keys"
+        case TritonTile():
+            return (
+                f"{tile.block_m} queries x {tile.block_n} keys, {tile.num_warps} warps, {tile.num_stages} stages"
+            )
+
+
+def _levels(plan: KernelPlan) -> Iterable[tuple[str, tuple[Binding, ...]]]:
+    match plan:
+        case RowsPlan():
+            levels = (
+                ("call", plan.call),
+                ("position", plan.position),
+                ("position and element", plan.position_element),
+                ("row", plan.row_values),
+            )
+        case TilesPlan():
+            levels = (("call", plan.call), ("head", plan.head))
+        case ForwardPlan():
+            levels = (("call", plan.call), ("head", plan.head), ("query", plan.row), ("key", plan.key))
+    return [(name, bindings) for name, bindings in levels if bindings]

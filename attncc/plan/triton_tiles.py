@@ -1,0 +1,115 @@
+"""Tiles of the Triton kernels: queries and keys per step, warps and pipeline stages.
+
+A static model of shared memory and registers decides what fits a target, so that every head dimension and element
+type gets a tile that launches. Of those that fit, a preference list picks one; `candidates` returns several for tuning
+on a real GPU. No length is part of either choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attncc.ir.types import DType
+from attncc.plan.nodes import TritonTile
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a tile must fit: bytes of shared memory a program may use, threads of a warp, 32-bit registers of a thread."""
+
+    shared: int
+    warp_size: int
+    registers: int
+
+
+# The interpreter pays per loop step whatever the tile holds: large tiles, and no limit worth modelling.
+INTERPRET = TritonTile(block_m=128, block_n=128, num_warps=4, num_stages=1)
+
+MACHINES = {
+    "sm_80": Machine(shared=166_912, warp_size=32, registers=255),
+    "sm_90": Machine(shared=232_448, warp_size=32, registers=255),
+    "sm_100": Machine(shared=232_448, warp_size=32, registers=255),
+    "gfx942": Machine(shared=65_536, warp_size=64, registers=512),
+}
+
+# Best first, per target and width of the head. Compiled ahead of time for sm_90 in bf16 at D = 128, 128 x 128 with 8
+# warps and 2 stages takes 187 registers and does not spill; with 4 warps it does, and the products are serialised.
+_WIDE = ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 4, 2), (64, 64, 4, 2))
+_NARROW = ((128, 128, 8, 2), (128, 64, 4, 3), (128, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2))
+_EXACT = ((64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1))
+_SMALL = (
+    (64, 64, 8, 1),
+    (64, 32, 8, 2),
+    (64, 32, 8, 1),
+    (32, 32, 8, 1),
+    (16, 32, 8, 1),
+    (16, 16, 8, 1),
+)
+
+
+def choose_tile(arch: str, dtype: DType, head_dim_qk: int, head_dim_v: int) -> TritonTile:
+    """The tile for a target when nothing has been measured."""
+    if arch == "interpret":
+        return INTERPRET
+    return candidates(arch, dtype, head_dim_qk, head_dim_v)[0]
+
+
+def candidates(arch: str, dtype: DType, head_dim_qk: int, head_dim_v: int) -> tuple[TritonTile, ...]:
+    """The tiles worth measuring, best guess first. Never empty: the smallest tile is the last resort."""
+    if arch == "interpret":
+        return (INTERPRET,)
+    widest = max(head_dim_qk, head_dim_v)
+    if dtype.bytes > 2:
+        preferred = _EXACT
+    else:
+        preferred = _NARROW if widest <= 64 else _WIDE
+    tiles = [TritonTile(*shape) for shape in (*preferred, *_SMALL)]
+    fitting = tuple(dict.fromkeys(t for t in tiles if fits(t, arch, dtype, head_dim_qk, head_dim_v)))
+    return fitting or (tiles[-1],)
+
+
+def fits(tile: TritonTile, arch: str, dtype: DType, head_dim_qk: int, head_dim_v: int) -> bool:
+    """Whether the model says that the tile launches on the target and keeps its accumulators in registers."""
+    machine = MACHINES[arch]
+    threads = tile.num_warps * machine.warp_size
+    return (
+        shared_bytes(tile, dtype, head_dim_qk, head_dim_v) <= machine.shared
+        and accumulator_registers(tile, dtype, head_dim_v, threads) <= machine.registers * 5 // 8
+    )
+
+
+def shared_bytes(tile: TritonTile, dtype: DType, head_dim_qk: int, head_dim_v: int) -> int:
+    """Bytes of shared memory, from above: the queries, K and V once per stage, the weights on their way to PV."""
+    keys = tile.block_n * (covered(head_dim_qk) + covered(head_dim_v)) * max(tile.num_stages, 1)
+    queries = tile.block_m * covered(head_dim_qk)
+    weights = tile.block_m * tile.block_n
+    return (queries + max(keys, weights)) * dtype.bytes
+
+
+def accumulator_registers(tile: TritonTile, dtype: DType, head_dim_v: int, threads: int) -> int:
+    """Registers per thread for the output accumulator and the scores, which live at the same time."""
+    words = 2 if dtype is DType.F64 else 1
+    return tile.block_m * (covered(head_dim_v) + tile.block_n) * words // threads
+
+
+def chunk_widths(size: int) -> tuple[int, ...]:
+    """`size` elements as one or two powers of two of at least 16, widest first, covering no more than they must.
+
+    80 is 64 + 16 and 576 is 512 + 64; 120 is 128, since two pieces would cover as much.
+    """
+    whole = _power_of_two(size)
+    if size <= 16:
+        return (16,)
+    half = whole // 2
+    rest = max(_power_of_two(size - half), 16)
+    return (half, rest) if half + rest < whole else (whole,)
+
+
+def covered(size: int) -> int:
+    """Elements that the chunks of a row of `size` elements hold, padding included."""
+    return sum(chunk_widths(size))
+
+
+def _power_of_two(size: int) -> int:
+    """The least power of two that is not less than `size`."""
+    return 1 << max(size - 1, 0).bit_length()
