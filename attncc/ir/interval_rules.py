@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from attncc.ir.nodes import Apply, Constant, Expr
+from attncc.ir.torch_meaning import INT_LIMIT
 
 Bounds: TypeAlias = tuple[Expr, Expr]
 IntervalRule: TypeAlias = Callable[..., Bounds | None]
@@ -90,10 +91,15 @@ def float_mul(a: Bounds, b: Bounds) -> Bounds | None:
         return None
     factor = b[0]
     low, high = _op("mul", a[0], factor), _op("mul", a[1], factor)
-    if isinstance(factor, Constant):
-        return (low, high) if factor.value >= 0 else (high, low)
-    rising = _op("ge", factor, Constant(0.0))
-    return _op("where", rising, low, high), _op("where", rising, high, low)
+    if isinstance(factor, Constant) and factor.value != 0:
+        return (low, high) if factor.value > 0 else (high, low)
+    # 0 * inf: a NaN at one end only would go unseen at the other.
+    flat = _op("add", low, high)
+    rising, falls = _op("gt", factor, Constant(0.0)), _op("lt", factor, Constant(0.0))
+    return (
+        _op("where", rising, low, _op("where", falls, high, flat)),
+        _op("where", rising, high, _op("where", falls, low, flat)),
+    )
 
 
 def floordiv(a: Bounds, b: Bounds) -> Bounds | None:
@@ -140,6 +146,14 @@ def bit_and(a: Bounds, b: Bounds) -> Bounds | None:
             case _:
                 pass
     return None
+
+
+def float_to_int(a: Bounds) -> Bounds:
+    """Rises with the number. A NaN becomes 0, so bounds that do not compare say nothing."""
+    ordered = _op("le", a[0], a[1])
+    low = _op("where", ordered, _op("to_int", a[0]), Constant(-INT_LIMIT))
+    high = _op("where", ordered, _op("to_int", a[1]), Constant(INT_LIMIT))
+    return low, high
 
 
 # Comparisons.

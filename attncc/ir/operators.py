@@ -151,9 +151,11 @@ _ROWS = (
     _row("where", "BBB>B BII>I BFF>F", torch.where,
          {B: rules.bool_where, I: rules.int_where, F: rules.float_where},
          "where_({0}, {1}, {2})", "tl.where({0}, {1}, {2})", "x if c else y; the other one is not read"),
-    _row("min", "II>I FF>F", torch.minimum, {I: _up("min"), F: None}, "min_({0}, {1})", "tl.minimum({0}, {1})",
+    _row("min", "II>I FF>F", torch.minimum, {I: _up("min"), F: None}, "min_({0}, {1})",
+         {I: "tl.minimum({0}, {1})", F: "attn_min({0}, {1})"},
          "the smaller"),
-    _row("max", "II>I FF>F", torch.maximum, {I: _up("max"), F: None}, "max_({0}, {1})", "tl.maximum({0}, {1})",
+    _row("max", "II>I FF>F", torch.maximum, {I: _up("max"), F: None}, "max_({0}, {1})",
+         {I: "tl.maximum({0}, {1})", F: "attn_max({0}, {1})"},
          "the greater"),
     _row("abs", "I>I F>F", torch.abs, {I: rules.absolute, F: None}, "abs_({0})", "tl.abs({0})", "|x|"),
     _row("sign", "I>I F>F", torch.sign, {I: _up("sign"), F: None}, "sign_({0})", "attn_sign({0})", "-1, 0 or 1"),
@@ -192,9 +194,10 @@ _ROWS = (
     _row("bit_length", "I>I", meaning.bit_length, None, "bit_length_({0})", "attn_bit_length({0})",
          "bits needed for |x|"),
     # Conversions.
-    _row("to_float", "I>F B>F", meaning.to_float, _up("to_float"), "to_float_({0})", "attn_to_float({0})",
+    _row("to_float", "I>F B>F", meaning.to_float, _up("to_float"), "to_float_({0})", "{0}.to(FLOAT)",
          "the same number as a float; 0.0 or 1.0"),
-    _row("to_int", "F>I B>I", meaning.to_int, _up("to_int"), "to_int_({0})", "attn_to_int({0})",
+    _row("to_int", "F>I B>I", meaning.to_int, {F: rules.float_to_int, B: _up("to_int")},
+         "to_int_({0})", "attn_to_int({0})",
          "without its fraction, within ±2**30 (NaN: 0); 0 or 1"),
 )
 # fmt: on
