@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import assert_never
 
 from attncc.ir.errors import IRError
 from attncc.ir.nodes import (
     Apply,
+    Attention,
     Constant,
     Element,
+    Elementwise,
     Expr,
     Hole,
     Index,
@@ -17,6 +20,8 @@ from attncc.ir.nodes import (
     Parameter,
     Reduce,
     Size,
+    Softmax,
+    Sum,
     Summary,
     Variable,
 )
@@ -132,3 +137,40 @@ def substitute(expr: Expr, mapping: Mapping[Expr, Expr]) -> Expr:
                 raise IRError(f"substituting {value} for {key} inside {expr} would capture its d")
         return Reduce(expr.op, body, substitute(expr.size, mapping), expr.span)
     return map_children(expr, lambda child: substitute(child, mapping))
+
+
+def clauses(attention: Attention) -> Iterator[tuple[str, Expr]]:
+    """The expressions of an attention with the names of their clauses, in the order of their meaning."""
+    yield from (("q", attention.q), ("k", attention.k), ("v", attention.v))
+    yield from (("scale", attention.scale), ("score", attention.score), ("mask", attention.mask))
+    match attention.normalizer:
+        case Softmax(sink=sink):
+            if sink is not None:
+                yield "sink", sink
+        case Elementwise(weight=weight) | Sum(weight=weight):
+            yield "weight", weight
+        case _:
+            assert_never(attention.normalizer)
+
+
+def map_clauses(attention: Attention, f: Callable[[Expr], Expr]) -> Attention:
+    """`attention` with `f` of each of its expressions in its place."""
+    match attention.normalizer:
+        case Softmax(sink=sink):
+            normalizer = Softmax(None if sink is None else f(sink))
+        case Elementwise(weight=weight):
+            normalizer = Elementwise(f(weight))
+        case Sum(weight=weight):
+            normalizer = Sum(f(weight))
+        case _:
+            assert_never(attention.normalizer)
+    return replace(
+        attention,
+        q=f(attention.q),
+        k=f(attention.k),
+        v=f(attention.v),
+        scale=f(attention.scale),
+        score=f(attention.score),
+        mask=f(attention.mask),
+        normalizer=normalizer,
+    )
