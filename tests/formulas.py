@@ -331,10 +331,11 @@ def yarn(q: Tensor, k: Tensor, v: Tensor, i: Tensor, j: Tensor, factor: float, o
     return softmax(products(*rotated), v, i >= j)
 
 
-def longrope(q: Tensor, k: Tensor, v: Tensor, i: Tensor, j: Tensor, factors: Tensor, original: int) -> Result:
+def longrope(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, j: Tensor, factors: Tensor, factor: float, original: int
+) -> Result:
     frequencies = inverse_frequencies(q.shape[-1]) / factors
-    stretch = max(k.shape[2] / original, 1.0)
-    magnitude = math.sqrt(1 + math.log(stretch) / math.log(original))
+    magnitude = math.sqrt(1 + math.log(factor) / math.log(original))
     rotated = rotate(q, i[:, 0], frequencies, magnitude), rotate(k, j[0], frequencies, magnitude)
     return softmax(products(*rotated), v, i >= j)
 
@@ -444,7 +445,7 @@ VARIANTS: dict[str, Variant] = {
     "yarn": Variant(yarn, _fixed(factor=8.0, original=64), _even_width),
     "longrope": Variant(
         longrope,
-        lambda s, g: {"factors": 1 + 4 * torch.rand(s.D // 2, generator=g), "original": 64},
+        lambda s, g: {"factors": 1 + 4 * torch.rand(s.D // 2, generator=g), "factor": 6.0, "original": 64},
         _even_width,
     ),
     "cosine": Variant(cosine, lambda s, g: {"tau": 0.1 * torch.rand(s.H, generator=g, dtype=torch.float64)}),

@@ -1,0 +1,182 @@
+"""A specification's kernel beside what else computes it, in one process and in turn."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from attncc.ir.nodes import Attention
+from attncc.peak import peak
+from attncc.peers import Call, NotApplicable, Peer, count_kept_pairs, eager_formula, flex, sdpa
+from attncc.runtime.arguments import DTYPES
+from attncc.timing import Timing, alternate
+
+PEERS: dict[str, tuple[str, Callable[[Attention, Call], Peer]]] = {
+    "eager": ("eager PyTorch formula", eager_formula),
+    "sdpa": ("PyTorch scaled_dot_product_attention", sdpa),
+    "flex": ("compiled FlexAttention", flex),
+}
+OWN = "attncc"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One contender. Times in seconds; `ratio` is its time over attncc's."""
+
+    name: str
+    title: str
+    timing: Timing | None
+    ratio: float | None
+    gflops: float | None
+    peak_share: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A comparison at one shape. `pairs`: kept by the mask, over all batches and heads; `peak_gflops`: of the machine's
+    registers, measured in the same run."""
+
+    attention: str
+    shape: dict[str, int]
+    dtype: str
+    threads: int
+    pairs: int
+    peak_gflops: float | None
+    machine: str
+    torch_version: str
+    rows: tuple[Row, ...]
+
+    def row(self, name: str) -> Row:
+        return next(row for row in self.rows if row.name == name)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def bench(
+    attention: Attention,
+    kernel: Callable[[], Tensor],
+    call: Call,
+    *,
+    against: Sequence[str] = tuple(PEERS),
+    repeat: int = 9,
+    pairs: int | None = None,
+    compiler: str | None = None,
+    tick: Callable[[str], object] = lambda _: None,
+) -> Result:
+    """Times `kernel`, a call of the compiled attention with the arguments of `call`, beside the peers named.
+
+    pairs: how many the mask keeps; counted if not given. compiler: of C++, to measure the machine's peak with.
+    """
+    runnable: dict[str, Callable[[], Tensor]] = {OWN: kernel}
+    notes: dict[str, str] = {}
+    for name in against:
+        tick(PEERS[name][0])
+        peer = PEERS[name][1](attention, call)
+        if isinstance(peer, NotApplicable):
+            notes[name] = f"cannot express it: {peer.reason}"
+        else:
+            runnable[name] = peer
+    for name, function in list(runnable.items()):
+        message = _does_not_run(function)
+        if message is not None and name != OWN:
+            notes[name] = message
+            del runnable[name]
+    timings = alternate(_synchronized(runnable, call.q.device), repeat, tick=tick)
+    pairs = count_kept_pairs(attention, call) if pairs is None else pairs
+    operations = 2 * pairs * (call.q.shape[3] + call.v.shape[3])
+    on_cpu = call.q.device.type == "cpu"
+    top = peak(call.q.dtype, compiler) if compiler is not None and on_cpu else None
+    own = timings[OWN].median
+    rows = [
+        _row(name, timings.get(name), own, operations, top, notes.get(name, "")) for name in (OWN, *against)
+    ]
+    batch, heads, queries, width = call.q.shape
+    shape = dict(zip("B H HKV M N D E".split(), (batch, heads, *call.k.shape[1:2], queries, call.k.shape[2], width, call.v.shape[3]), strict=True))
+    return Result(
+        attention=attention.name,
+        shape=shape,
+        dtype=DTYPES[call.q.dtype].value,
+        threads=torch.get_num_threads(),
+        pairs=pairs,
+        peak_gflops=None if top is None else top / 1e9,
+        machine=machine() if on_cpu else torch.cuda.get_device_name(),
+        torch_version=torch.__version__,
+        rows=tuple(rows),
+    )
+
+
+def _does_not_run(function: Callable[[], Tensor]) -> str | None:
+    """What a peer says when it is called; None if it runs."""
+    try:
+        function()
+    except Exception as error:
+        first = str(error).strip().splitlines()
+        return f"fails: {type(error).__name__}: {first[0][:100] if first else ''}"
+    return None
+
+
+def _synchronized(functions: Mapping[str, Callable[[], Tensor]], device: torch.device) -> dict[str, Callable[[], object]]:
+    if device.type == "cpu":
+        return dict(functions)
+
+    def wrapped(function: Callable[[], Tensor]) -> Callable[[], object]:
+        def run() -> None:
+            function()
+            torch.cuda.synchronize(device)
+
+        return run
+
+    return {name: wrapped(function) for name, function in functions.items()}
+
+
+def _row(name: str, timing: Timing | None, own: float, operations: int, top: float | None, note: str) -> Row:
+    title = OWN if name == OWN else PEERS[name][0]
+    if timing is None:
+        return Row(name, title, None, None, None, None, note)
+    rate = operations / timing.median
+    disturbed = "" if timing.undisturbed else "other work on the machine disturbed every sample"
+    share = None if top is None else rate / top
+    return Row(name, title, timing, timing.median / own, rate / 1e9, share, note or disturbed)
+
+
+def table(result: Result) -> Table:
+    """The comparison as a person reads it."""
+    shape = " ".join(f"{name}={size}" for name, size in result.shape.items())
+    plural = "s" if result.threads > 1 else ""
+    out = Table(title=f"{result.attention}, {result.dtype}, {shape}, {result.threads} thread{plural}")
+    out.add_column("")
+    for heading in ("median ms", "against attncc", "GFLOP/s", "share of peak"):
+        out.add_column(heading, justify="right")
+    out.add_column("")
+    for row in result.rows:
+        if row.timing is None:
+            out.add_row(row.title, "", "", "", "", row.note, style="dim")
+            continue
+        share = "" if row.peak_share is None else f"{row.peak_share:.0%}"
+        ratio = "" if row.name == OWN else f"{row.ratio:.2f}x the time"
+        out.add_row(
+            row.title, f"{row.timing.median * 1e3:.3f}", ratio, f"{row.gflops:.0f}", share, row.note,
+            style="bold" if row.name == OWN else "",
+        )  # fmt: skip
+    if result.peak_gflops is not None:
+        out.caption = f"GFLOP/s of unmasked pairs; peak of the registers: {result.peak_gflops:.0f} GFLOP/s"
+    return out
+
+
+def machine() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,270 @@
+"""Property tests of a user's own specification: its kernels on every backend at hand, against the reference.
+
+Hypothesis draws shapes, types, scalars and inputs; what fails is shrunk to a case as small as it can be, and printed
+as a snippet that runs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import hypothesis
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from attncc.diagnostics import AttnError
+from attncc.eager import eager
+from attncc.inputs import captured_tensors, operands
+from attncc.ir.nodes import Attention, Elementwise, Load, ScalarParameter
+from attncc.ir.rewrite import walk
+from attncc.ir.types import Kind
+from attncc.reference import OutOfRange, evaluate
+from attncc.runtime.arguments import Sizes
+
+DTYPES = {
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+    "f64": torch.float64,
+}
+
+# A kernel is compiled per pair of widths: few of them, each of another kind (tiny, odd, unequal, usual).
+WIDTHS = ((8, 8), (1, 3), (7, 5), (40, 24), (64, 64))
+
+# Beside twice the error of the plain formula, so many units in the last place: on a small case that one is exact by
+# luck.
+_ULPS = {torch.float64: 16, torch.float32: 16, torch.float16: 2, torch.bfloat16: 2}
+
+_KERNEL = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Everything that a call is made from."""
+
+    sizes: Sizes
+    dtype: str
+    seed: int
+    scalars: Mapping[str, bool | int | float]
+    q_offset: int | None
+    strided: bool
+
+    def arguments(self, attention: Attention) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """q, k, v and the captured tensors. Raises ValueError where the sizes leave a tensor no shape."""
+        generator = torch.Generator().manual_seed(self.seed)
+        dtype = DTYPES[self.dtype]
+        q, k, v = operands(self.sizes, dtype, generator)
+        tensors = captured_tensors(attention, self.sizes, dtype, generator, document_length=8)
+        if self.strided:
+            # As a projection leaves them: (batch, token, head, width) in memory.
+            q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+        return q, k, v, tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A case that went wrong, as small as it could be made."""
+
+    target: str
+    case: Case
+    message: str
+
+
+@dataclass(slots=True)
+class Report:
+    """What was tried on one target. `refused`: what the compiler or the call would not take, and why."""
+
+    target: str
+    tried: Counter[str] = field(default_factory=Counter[str])
+    largest: dict[str, int] = field(default_factory=dict[str, int])
+    discarded: int = 0
+    refused: dict[str, str] = field(default_factory=dict[str, str])
+    failure: Failure | None = None
+
+
+def verify(
+    attention: Attention,
+    target: str,
+    kernel: _KERNEL,
+    *,
+    dtypes: Sequence[str] = tuple(DTYPES),
+    examples: int = 50,
+    longest: int = 300,
+    seed: int = 0,
+    tick: Callable[[], object] = lambda: None,
+) -> Report:
+    """Tries `kernel` (called as a compiled attention with return_lse=True is, returning o and lse or None).
+
+    At most `longest` keys. `tick` is called once per example; shrinking calls it too.
+    """
+    report = Report(target)
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=examples,
+        database=None,
+        deadline=None,
+        report_multiple_bugs=False,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+        verbosity=hypothesis.Verbosity.quiet,
+    )
+    @hypothesis.given(cases(attention, dtypes, longest))
+    def holds(case: Case) -> None:
+        tick()
+        message = _try(attention, kernel, case, report)
+        if message is not None:
+            # The last one to fail is the smallest.
+            report.failure = Failure(target, case, message)
+            raise _CaseFailed
+
+    try:
+        holds()
+    except _CaseFailed:
+        pass
+    return report
+
+
+class _CaseFailed(Exception):
+    """Tells hypothesis that a case failed."""
+
+
+def _try(attention: Attention, kernel: _KERNEL, case: Case, report: Report) -> str | None:
+    """What is wrong with the kernel's result, or None."""
+    try:
+        q, k, v, tensors = case.arguments(attention)
+    except ValueError:
+        report.discarded += 1
+        hypothesis.reject()
+    inputs = {**tensors, **case.scalars}
+    try:
+        oracle = evaluate(attention, q, k, v, inputs, case.q_offset)
+    except OutOfRange as error:
+        if _is_due_to_inputs(error, attention, case):
+            report.discarded += 1
+            hypothesis.reject()
+        return f"the specification reads outside a tensor: {error}"
+    try:
+        o, lse = kernel(q, k, v, q_offset=case.q_offset, **inputs)
+    except AttnError as error:
+        diagnostic = error.diagnostics[0]
+        report.refused.setdefault(diagnostic.code, f"{diagnostic.fill(diagnostic.title)} ({_sizes_text(case)})")
+        hypothesis.reject()
+    report.tried[case.dtype] += 1
+    for name in ("B", "H", "HKV", "M", "N", "D", "E"):
+        report.largest[name] = max(report.largest.get(name, 0), getattr(case.sizes, name))
+    floating = torch.promote_types(q.dtype, torch.float32)
+    wide = {name: x.to(floating) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()}
+    plain = eager(attention, q, k, v, wide, case.q_offset)
+    message = compare("o", o, oracle[0], plain)
+    if message is None and lse is not None and oracle[1] is not None:
+        # The plain formula's lse has the rounding of its scores, of which a kernel makes none.
+        message = compare("lse", lse, oracle[1], oracle[1].to(q.dtype))
+    return message
+
+
+def compare(name: str, found: Tensor, oracle: Tensor, plain: Tensor) -> str | None:
+    """The error rule: no more than twice the error of the plain formula in the same type, and a few units in the last
+    place. What is wrong, or None."""
+    if found.shape != oracle.shape:
+        return f"{name} has shape {tuple(found.shape)}, not {tuple(oracle.shape)}"
+    wide = found.double()
+    finite = oracle.isfinite()
+    odd = (wide.isnan() != oracle.isnan()) | (~finite & ~oracle.isnan() & (wide != oracle))
+    if odd.any():
+        at = odd.nonzero()[0].tolist()
+        return f"{name}{at} is {wide[tuple(at)]:g}, not {oracle[tuple(at)]:g}"
+    if not finite.any():
+        return None
+    error = (wide - oracle).abs().where(finite, 0.0)
+    plain_error = (plain.double() - oracle).abs().where(finite, 0.0).nan_to_num(nan=0.0, posinf=0.0).max()
+    largest = oracle[finite].abs().max()
+    info = torch.finfo(found.dtype)
+    allowed = 2 * plain_error + _ULPS[found.dtype] * info.eps * largest.clamp(min=info.smallest_normal)
+    if error.max() <= allowed:
+        return None
+    at = (error == error.max()).nonzero()[0].tolist()
+    return (
+        f"{name}{at} is {wide[tuple(at)]:g}, not {oracle[tuple(at)]:g}: "
+        f"off by {error.max():.2e}, where the plain PyTorch formula is off by {plain_error:.2e} at most"
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn, attention: Attention, dtypes: Sequence[str], longest: int) -> Case:
+    """Calls of every kind: grouped heads, decoding, lengths that no tile divides, empty ones, strided operands."""
+    heads_kv = draw(st.integers(1, 2))
+    keys = draw(st.one_of(st.integers(0, 40), st.integers(0, longest)))
+    rows = draw(st.one_of(st.just(keys), st.integers(0, keys), st.integers(0, longest)))
+    width_qk, width_v = draw(st.sampled_from(WIDTHS))
+    sizes = Sizes(
+        B=draw(st.integers(1, 2)),
+        H=heads_kv * draw(st.integers(1, 3)),
+        HKV=heads_kv,
+        M=rows,
+        N=keys,
+        D=width_qk,
+        E=width_v,
+    )
+    return Case(
+        sizes,
+        dtype=draw(st.sampled_from(list(dtypes))),
+        seed=draw(st.integers(0, 2**16)),
+        scalars={scalar.name: draw(scalar_values(scalar, keys)) for scalar in attention.scalars},
+        q_offset=draw(st.one_of(st.none(), st.integers(0, max(keys - rows, 0)))),
+        strided=draw(st.booleans()),
+    )
+
+
+def scalar_values(scalar: ScalarParameter, keys: int) -> st.SearchStrategy[bool | int | float]:
+    """The default, and values of the size that lengths here have: windows and blocks then have edges to get wrong."""
+    match scalar.kind:
+        case Kind.BOOL:
+            return st.booleans()
+        case Kind.INT:
+            near = st.integers(1, max(keys, 1) + 2)
+            return near if scalar.default is None else st.one_of(near, st.just(scalar.default))
+        case Kind.FLOAT:
+            near = st.sampled_from([0.5, 1.0, 2.0, 30.0])
+            return near if scalar.default is None else st.one_of(st.just(scalar.default), near)
+
+
+def _is_due_to_inputs(error: OutOfRange, attention: Attention, case: Case) -> bool:
+    """Whether a read outside a tensor says nothing about the specification: there are more queries than keys, so that
+    positions are negative, or an index is itself read from a tensor that was made up."""
+    if case.sizes.M + (case.q_offset or 0) > case.sizes.N:
+        return True
+    roots = (attention.q, attention.k, attention.v, attention.scale, attention.score, attention.mask)
+    loads = [node for root in roots for node in walk(root) if isinstance(node, Load) and node.tensor == error.tensor]
+    return any(isinstance(node, Load) for load in loads for index in load.indices for node in walk(index))
+
+
+def snippet(failure: Failure, spec: str, name: str | None, constants: Mapping[str, bool | int | float]) -> str:
+    """A program that shows the failure."""
+    case = failure.case
+    options = "".join(f", {key}={value!r}" for key, value in {"name": name, **constants}.items() if value is not None)
+    scalars = "".join(f", {key}={value!r}" for key, value in case.scalars.items())
+    offset = "" if case.q_offset is None else f", q_offset={case.q_offset}"
+    return f"""\
+import attncc
+from attncc.runtime.arguments import Sizes
+from attncc.verify import Case
+
+attn = attncc.build({spec!r}{options}, target={failure.target!r})
+case = Case({case.sizes}, {case.dtype!r}, seed={case.seed}, scalars={{}}, q_offset=None, strided={case.strided})
+q, k, v, tensors = case.arguments(attn.attention)
+print(attn(q, k, v{offset}{scalars}, **tensors))
+print(attn.reference(q, k, v{offset}{scalars}, **tensors))
+"""
+
+
+def returns_lse(attention: Attention) -> bool:
+    """Whether a row of weights has a sum to return."""
+    return not isinstance(attention.normalizer, Elementwise)
+
+
+def _sizes_text(case: Case) -> str:
+    return ", ".join(f"{name}={getattr(case.sizes, name)}" for name in ("B", "H", "HKV", "M", "N", "D", "E"))
