@@ -154,17 +154,8 @@ def clauses(attention: Attention) -> Iterator[tuple[str, Expr]]:
 
 
 def map_clauses(attention: Attention, f: Callable[[Expr], Expr]) -> Attention:
-    """`attention` with `f` of each of its expressions in its place."""
-    match attention.normalizer:
-        case Softmax(sink=sink):
-            normalizer = Softmax(None if sink is None else f(sink))
-        case Elementwise(weight=weight):
-            normalizer = Elementwise(f(weight))
-        case Sum(weight=weight):
-            normalizer = Sum(f(weight))
-        case _:
-            assert_never(attention.normalizer)
-    return replace(
+    """`attention` with `f` of each of its expressions in its place, called in the order of `clauses`."""
+    attention = replace(
         attention,
         q=f(attention.q),
         k=f(attention.k),
@@ -172,5 +163,13 @@ def map_clauses(attention: Attention, f: Callable[[Expr], Expr]) -> Attention:
         scale=f(attention.scale),
         score=f(attention.score),
         mask=f(attention.mask),
-        normalizer=normalizer,
     )
+    match attention.normalizer:
+        case Softmax(sink=sink):
+            return replace(attention, normalizer=Softmax(None if sink is None else f(sink)))
+        case Elementwise(weight=weight):
+            return replace(attention, normalizer=Elementwise(f(weight)))
+        case Sum(weight=weight):
+            return replace(attention, normalizer=Sum(f(weight)))
+        case _:
+            assert_never(attention.normalizer)
