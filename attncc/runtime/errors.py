@@ -205,3 +205,42 @@ class EmptyWidth(Diagnostic):
     good = "attn(torch.randn(1, 1, 8, 1), torch.randn(1, 1, 8, 1), v)"
 
     name: str
+
+
+# --- A05xx: the C++ compiler ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class NoCompiler(Diagnostic):
+    code = "A0501"
+    title = "there is no C++ compiler: {wanted} was not found"
+    help = "install one ({hint}), or set CXX to the command of one that you have"
+    explanation = (
+        "The `cpp` target compiles each kernel with the system's C++ compiler at the first call: $CXX if it is set, "
+        "or else g++, clang++ or c++, whichever is found first on PATH."
+    )
+    bad = 'PATH=/nowhere python -c "…; attn(q, k, v)"'
+    good = "sudo apt-get install g++"
+
+    wanted: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class CompilerFailed(Diagnostic):
+    code = "A0502"
+    title = "the C++ compiler failed: {output}"
+    explanation = (
+        "The generated C++ did not compile. With templates or flags of your own, the compiler's words say what to mend; "
+        "with attncc's own, the compiler is probably too old (g++ 9 and clang++ 12 are known to do) or CXX names "
+        "something else."
+    )
+    bad = "CXX=/bin/false python …"
+    good = "CXX=g++ python …"
+
+    command: str
+    output: str
+    source: str
+
+    def helps(self) -> tuple[str, ...]:
+        return f"the command was: {self.command}", f"the source is kept at {self.source}"

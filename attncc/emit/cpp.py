@@ -1,0 +1,364 @@
+"""Spells IR expressions in C++: scalars, or vectors with one query per lane.
+
+An expression that varies with the query prints as a vector (`floats`, `ints`, or `longs` where 32 bits may not hold
+its value); everything else prints as a scalar and is broadcast where the two meet. Bools in lanes are masks, -1 for true.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+from attncc.emit.cpp_machine import (
+    CLASSIFIED_KEYS,
+    SCALAR_TYPES,
+    Field,
+    Machine,
+    argument_fields,
+    machine_of,
+    mangle,
+    table_type,
+    with_uses,
+)
+from attncc.ir.nodes import (
+    Apply,
+    Constant,
+    Element,
+    Expr,
+    Hole,
+    Index,
+    Load,
+    Parameter,
+    Reduce,
+    Size,
+    Summary,
+    Variable,
+)
+from attncc.ir.operators import OPERATORS
+from attncc.ir.rewrite import kind_of, walk
+from attncc.ir.text import to_text
+from attncc.ir.types import DType, Kind
+from attncc.passes.ranges import INT32, Range, int_range
+from attncc.plan.nodes import Binding, ForwardPlan, KernelPlan, RowsPlan, Staged, TensorArgument, TilesPlan
+
+_INFIX = re.compile(r"\(\{0\} (\S+) \{1\}\)")
+_PREFIX = re.compile(r"\((\S)\{0\}\)")
+_CALL = re.compile(r"([a-z0-9_]+)_\(.*\)")
+
+# How tightly operators bind. A bitwise operator never shares a level with another: its operands get parentheses.
+_ATOM, _UNARY, _PRODUCT, _SUM, _COMPARISON, _BITS, _LOGIC = range(7)
+_LEVELS = {"*": _PRODUCT, "/": _PRODUCT, "+": _SUM, "-": _SUM} | dict.fromkeys(
+    ("<", "<=", ">", ">=", "==", "!="), _COMPARISON
+)
+# Spelt with C++'s own operators: for scalars, for masks.
+_LOGICAL = {"and": ("&&", "&"), "or": ("||", "|")}
+
+
+@dataclass(frozen=True, slots=True)
+class Printed:
+    """C++ text of an expression. lanes: a vector, one value per query; wide: an int of 64 bits."""
+
+    text: str
+    kind: Kind
+    lanes: bool = False
+    wide: bool = False
+    level: int = _ATOM
+
+
+class CppPrinter:
+    """The filters of the C++ templates, for one plan."""
+
+    extension = "cpp"
+
+    def __init__(self, plan: KernelPlan) -> None:
+        self.plan = plan
+        self.machine = machine_of(plan)
+        self._dtypes = {tensor.name: tensor.dtype for tensor in plan.tensors}
+        self._in_lanes = isinstance(plan, ForwardPlan)
+        self._variables: dict[str, Printed] = {}
+        self._ranges: dict[str, Range] = {}
+        for bindings, in_key in _levels(plan):
+            for binding in bindings:
+                self._define(binding, in_key=in_key)
+
+    def filters(self) -> Mapping[str, Callable[..., object]]:
+        return {
+            "machine": lambda plan: self.machine,
+            "arguments": argument_fields,
+            "functions": self.functions,
+            "element_types": self.element_types,
+            "loads_lanes": self.loads_lanes,
+            "name": mangle,
+            "type": self.type_of,
+            "tensor_type": self.tensor_type,
+            "scalar_type": lambda scalar: SCALAR_TYPES[scalar.kind],
+            "cpp": self.scalar,
+            "lanes": self.lanes,
+            "mask": self.lanes,
+            "staged": self.staged,
+            "tidy": tidy,
+            "classified_keys": lambda plan: CLASSIFIED_KEYS,
+            "table_type": table_type,
+            "specification": lambda plan: to_text(plan.spec).splitlines(),
+            "reads_k_in_place": lambda plan: not (self.machine.widened or (self.machine.pairs and plan.head_dim_qk % 2)),
+        }
+
+    # --- filters ----------------------------------------------------------------------------------------------------
+
+    def scalar(self, expr: Expr) -> str:
+        """`expr`, which no query changes, as a scalar."""
+        return self._print(expr).text
+
+    def lanes(self, expr: Expr) -> str:
+        """`expr` as a vector."""
+        return self._to_lanes(self._print(expr)).text
+
+    def staged(self, staged: Staged, indent: int = 8) -> str:
+        """Statements that return `staged.value` in lanes."""
+        lines = [f"const {self.type_of(b)} {mangle(b.name)} = {self._print(b.value).text};" for b in staged.bindings]
+        lines.append(f"return {self.lanes(staged.value)};")
+        return f"\n{' ' * indent}".join(lines)
+
+    def type_of(self, binding: Binding) -> str:
+        """The C++ type of a binding."""
+        printed = self._variables[binding.name]
+        if not printed.lanes:
+            return "int64" if printed.wide else SCALAR_TYPES[printed.kind]
+        if printed.kind is Kind.FLOAT:
+            return "floats"
+        return "longs" if printed.wide else "ints"
+
+    def tensor_type(self, tensor: TensorArgument) -> str:
+        """The C++ type of a captured tensor."""
+        field = next(f for f in argument_fields(self.plan) if f.slots[0][0] == tensor.name)
+        return field.declaration.rsplit(" ", 1)[0]
+
+    def functions(self, plan: KernelPlan) -> list[str]:
+        """The functions of the operator table that the kernel calls, those that others use first."""
+        names = {
+            match[1]
+            for expr in _expressions(plan)
+            for node in walk(expr)
+            if isinstance(node, Apply) and node.op not in _LOGICAL and node.op != "not"
+            if (match := _CALL.fullmatch(OPERATORS[node.op].spelling("cpp", kind_of(node.args[-1]))))
+        }
+        return with_uses(list(names))
+
+    def element_types(self, plan: KernelPlan) -> set[str]:
+        """The C++ types of the elements that the kernel reads and writes."""
+        return {field.declaration.split("<")[1].split(",")[0].split(">")[0].removeprefix("const ")
+                for field in argument_fields(plan) if "<" in field.declaration}
+
+    def loads_lanes(self, plan: KernelPlan) -> bool:
+        """Whether captured tensors are read at an index that differs between queries."""
+        return any(
+            isinstance(node, Load) and self._print(node).lanes for expr in _expressions(plan) for node in walk(expr)
+        )
+
+    # --- expressions ------------------------------------------------------------------------------------------------
+
+    def _define(self, binding: Binding, *, in_key: bool = False) -> None:
+        printed = self._print(binding.value)
+        text = f"key.{mangle(binding.name)}" if in_key else mangle(binding.name)
+        self._variables[binding.name] = replace(printed, text=text, level=_ATOM)
+        if binding.kind is not Kind.FLOAT:
+            self._ranges[binding.name] = int_range(binding.value, self._dtypes, self._ranges)
+
+    def _print(self, expr: Expr) -> Printed:
+        match expr:
+            case Constant(value=value):
+                return self._constant(value)
+            case Index(name=name):
+                lanes = self._in_lanes and name in ("q_row", "q_idx")
+                text = f"key.{name}" if self._in_lanes and name == "kv_idx" else name
+                return Printed(text, Kind.INT, lanes)
+            case Size(name=name):
+                return Printed(name, Kind.INT)
+            case Parameter(name=name, kind=kind):
+                return Printed(mangle(name), kind)
+            case Variable(name=name):
+                return self._variables[name]
+            case Hole(name=name):
+                return Printed(name, Kind.FLOAT, lanes=True)
+            case Load():
+                return self._load(expr)
+            case Apply():
+                return self._apply(expr)
+            case Summary():
+                return self._summary(expr)
+            case Element(index=index):
+                return Printed(f"value_of(x[{self._print(index).text}])", Kind.FLOAT)
+            case Reduce():
+                return self._reduce(expr)
+            case _:
+                assert_never(expr)
+
+    def _constant(self, value: bool | int | float) -> Printed:
+        if isinstance(value, bool):
+            return Printed(str(value).lower(), Kind.BOOL)
+        level = _UNARY if value < 0 else _ATOM
+        if isinstance(value, int):
+            wide = not Range(value, value).within(INT32)
+            if value == INT32.lo:
+                return Printed("(-2147483647 - 1)", Kind.INT)
+            return Printed(f"{value}{'ll' if wide else ''}", Kind.INT, wide=wide, level=level)
+        if value in (float("inf"), float("-inf")):
+            return Printed("INFINITY_" if value > 0 else "-INFINITY_", Kind.FLOAT, level=level)
+        return Printed(self.machine.literal(repr(value)), Kind.FLOAT, level=level)
+
+    def _load(self, load: Load) -> Printed:
+        indices = [self._print(index) for index in load.indices]
+        text = f"{mangle(load.tensor)}({', '.join(index.text for index in indices)})"
+        lanes = any(index.lanes for index in indices)
+        wide = self._dtypes[load.tensor] is DType.I64 and not self._lanes_are_wide(lanes)
+        return Printed(text, load.kind, lanes, wide)
+
+    def _summary(self, summary: Summary) -> Printed:
+        position = next(
+            i for i, s in enumerate(self.plan.blocks.summaries) if s == summary  # type: ignore[union-attr]
+        )
+        where = "kv_lo, kv_hi" if summary.axis == "kv" else "q_lo - q_offset"
+        text = f"summary_{position}.{'keys' if summary.axis == 'kv' else 'rows'}(b, h, {where})"
+        kind = summary.load.kind
+        if kind is Kind.BOOL:
+            return Printed(f"bool({text})", kind)
+        return Printed(text if kind is Kind.INT else f"real({text})", kind, wide=kind is Kind.INT)
+
+    def _reduce(self, reduce: Reduce) -> Printed:
+        body, size = self._print(reduce.body).text, self._print(reduce.size).text
+        return Printed(f"{reduce.op}_over({size}, [&](int d) {{ return {body}; }})", Kind.FLOAT)
+
+    def _apply(self, expr: Apply) -> Printed:
+        args = [self._print(arg) for arg in expr.args]
+        kind = kind_of(expr)
+        lanes = any(arg.lanes for arg in args)
+        if expr.op in _LOGICAL or expr.op == "not":
+            return self._logic(expr.op, args, lanes)
+        wide = self._is_wide(expr, args)
+        args = [self._as_wide(arg) if wide and not self._lanes_are_wide(arg.lanes) else arg for arg in args]
+        spelling = OPERATORS[expr.op].spelling("cpp", args[-1].kind)
+        if match := _PREFIX.fullmatch(spelling):
+            return Printed(f"{match[1]}{_within(args[0], _UNARY)}", kind, lanes, wide, _UNARY)
+        if match := _INFIX.fullmatch(spelling):
+            return self._infix(match[1], args, kind, lanes, wide)
+        # A function takes its arguments alike, but for the condition of a choice, which may stay scalar.
+        if lanes:
+            args = [arg if arg.kind is Kind.BOOL and i == 0 and len(args) == 3 else self._to_lanes(arg) for i, arg in enumerate(args)]
+        text = spelling.format(*(arg.text for arg in args))
+        narrow_result = expr.op == "to_int"
+        return Printed(text, kind, lanes, wide and kind is Kind.INT and not narrow_result)
+
+    def _is_wide(self, expr: Apply, args: list[Printed]) -> bool:
+        """Whether the arguments must be 64-bit: one is, or the result may not fit in fewer."""
+        if any(arg.wide for arg in args):
+            return True
+        ints = kind_of(expr) is Kind.INT and any(arg.kind is Kind.INT for arg in args)
+        return ints and not int_range(expr, self._dtypes, self._ranges).within(INT32)
+
+    def _infix(self, operator: str, args: list[Printed], kind: Kind, lanes: bool, wide: bool) -> Printed:
+        level = _LEVELS.get(operator, _BITS)
+        if lanes and args[0].kind is Kind.BOOL:
+            args = [self._to_lanes(arg) for arg in args]
+        tight = level in (_COMPARISON, _BITS)
+        left = _within(args[0], _SUM if tight else level)
+        right = _within(args[1], _SUM if tight else level - 1)
+        if level is _BITS:
+            left, right = (_within(arg, _UNARY) for arg in args)
+        if kind is Kind.BOOL and lanes and wide and not self._lanes_are_wide(lanes):
+            return Printed(f"narrow({left} {operator} {right})", kind, lanes)
+        return Printed(f"{left} {operator} {right}", kind, lanes, wide and kind is Kind.INT and not self._lanes_are_wide(lanes), level)
+
+    def _logic(self, op: str, args: list[Printed], lanes: bool) -> Printed:
+        if lanes:
+            args = [self._to_lanes(arg) for arg in args]
+        if op == "not":
+            return Printed(f"{'~' if lanes else '!'}{_within(args[0], _UNARY)}", Kind.BOOL, lanes, level=_UNARY)
+        operator = _LOGICAL[op][lanes]
+        parts = [
+            arg.text if arg.level == _LOGIC and f" {operator} " in arg.text and _only(operator, arg.text) else _within(arg, _UNARY if lanes else _COMPARISON)
+            for arg in args
+        ]
+        return Printed(f" {operator} ".join(parts), Kind.BOOL, lanes, level=_LOGIC)
+
+    # --- widths and lanes -------------------------------------------------------------------------------------------
+
+    def _lanes_are_wide(self, lanes: bool) -> bool:
+        """Int lanes are as wide as float lanes: beside f64, all have 64 bits."""
+        return lanes and self.machine.real == "double"
+
+    def _as_wide(self, value: Printed) -> Printed:
+        if value.kind is not Kind.INT or value.wide:
+            return value
+        return Printed(f"{'widen' if value.lanes else 'int64'}({value.text})", Kind.INT, value.lanes, wide=True)
+
+    def _to_lanes(self, value: Printed) -> Printed:
+        if value.lanes:
+            return value
+        text = value.text
+        if value.kind is Kind.FLOAT:
+            text = f"real({text})" if re.fullmatch(r"-?[0-9.e+-]+f?", text) and self.machine.real == "float" and not text.endswith("f") else text
+        return Printed(f"splat({text})", value.kind, True, value.wide and not self._lanes_are_wide(True))
+
+
+def tidy(text: str) -> str:
+    """Source text with at most one blank line at a time, none after an opening brace or before a closing one, and no
+    spaces at the ends of lines."""
+    text = re.sub(r"[ \t]+\n", "\n", text)
+    text = re.sub(r"\n{3,}", "\n\n", text)
+    text = re.sub(r"\{\n\n", "{\n", text)
+    return re.sub(r"\n\n( *\})(?!  //)", r"\n\1", text)
+
+
+def _within(value: Printed, level: int) -> str:
+    """The text of an operand, in parentheses where it binds less tightly than `level`."""
+    return f"({value.text})" if value.level > level else value.text
+
+
+def _only(operator: str, text: str) -> bool:
+    """Whether `text` joins its parts by `operator` alone, so that one more may follow without parentheses."""
+    depth, found = 0, set[str]()
+    for i, c in enumerate(text):
+        depth += (c in "([{") - (c in ")]}")
+        if depth == 0 and c in "&|" and text[i - 1] == " ":
+            found.add(text[i : text.index(" ", i)])
+    return found == {operator}
+
+
+def _levels(plan: KernelPlan) -> list[tuple[tuple[Binding, ...], bool]]:
+    """The bindings of a plan, outermost first, and whether they are members of `key`."""
+    match plan:
+        case ForwardPlan():
+            stages = [s for s in (plan.score, plan.mask, plan.weight) if s is not None]
+            pair = [(stage.bindings, False) for stage in stages]
+            return [(plan.call, False), (plan.head, False), (plan.row, False), (plan.key, True), *pair]
+        case RowsPlan():
+            levels = (plan.call, plan.position, plan.position_element, plan.row_values, plan.element.bindings)
+            return [(level, False) for level in levels]
+        case TilesPlan():
+            return [(plan.call, False), (plan.head, False)]
+        case _:
+            assert_never(plan)
+
+
+def _expressions(plan: KernelPlan) -> list[Expr]:
+    """Every expression that the kernel's template prints."""
+    exprs = [binding.value for bindings, _ in _levels(plan) for binding in bindings]
+    match plan:
+        case ForwardPlan():
+            exprs += [s.value for s in (plan.score, plan.mask, plan.weight) if s is not None]
+            exprs += [plan.scale] if plan.sink is None else [plan.scale, plan.sink]
+        case RowsPlan():
+            exprs.append(plan.element.value)
+        case TilesPlan():
+            pass
+        case _:
+            assert_never(plan)
+    if isinstance(plan, ForwardPlan | TilesPlan):
+        exprs += [e for r in plan.blocks.ranges for e in (r.lo, r.hi, r.full_lo, r.full_hi)]
+        exprs += [plan.blocks.possible, plan.blocks.certain, *plan.blocks.summaries]
+    return exprs
+
+
+__all__ = ["CppPrinter", "Field", "Machine", "Printed"]
