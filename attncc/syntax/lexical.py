@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-PartKind = Literal["comment", "docstring", "string", "open_docstring", "open_string", "bracket", "newline", "tab", "text"]
+PartKind = Literal[
+    "comment", "docstring", "string", "open_docstring", "open_string", "bracket", "newline", "tab", "text"
+]
 
 _PARTS = re.compile(
     r"""(?P<comment>\#[^\n]*)

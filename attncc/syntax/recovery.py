@@ -169,7 +169,11 @@ class _Place:
         if self.token == "_INDENT":
             mend = "give all clauses the same indentation, or put an expression of several lines in brackets"
             return BadIndentation(self.span(), "unexpected indentation", "deeper than the line above", mend)
-        if self.token in ("_DEDENT", "$END") and self.expected & {"_DEDENT", "_INDENT"} and "_INDENT" not in self.expected:
+        if (
+            self.token in ("_DEDENT", "$END")
+            and self.expected & {"_DEDENT", "_INDENT"}
+            and "_INDENT" not in self.expected
+        ):
             return None
         if self.expected == {"_INDENT"}:
             header = self.text[: self.position].rstrip()
@@ -226,7 +230,11 @@ class _Place:
             return ForeignOperator(_clipped(self.source, start, run.end()), run.group(), _FOREIGN[run.group()])
         if self.token == "NAME" and self.word in _FOREIGN_WORDS and self.expected & _OPERATORS:
             return ForeignOperator(self.span(), self.word, _FOREIGN_WORDS[self.word])
-        if self.word == "=" and re.fullmatch(r"\s*(let\s+)?\w+\s*=", self.before) and self.text[self.position - 1] == "=":
+        if (
+            self.word == "="
+            and re.fullmatch(r"\s*(let\s+)?\w+\s*=", self.before)
+            and self.text[self.position - 1] == "="
+        ):
             return ForeignOperator(_clipped(self.source, self.position - 1, self.position + 1), "==", "=")
         if self.word == "=" and "EQUAL" not in self.expected and "=" in self.before:
             return SingleEquals(self.span())

@@ -1,0 +1,522 @@
+"""What the expressions of a spec mean: names resolved, definitions expanded, kinds checked, conversions written out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Never, assert_never
+
+from attncc.check import binding, suggest
+from attncc.check.errors import (
+    IntPower,
+    LaterFunction,
+    MatrixProduct,
+    NeedsCall,
+    NeedsRow,
+    NeedsScalar,
+    NoAttributes,
+    NotAFunction,
+    NotConstant,
+    NotIndexable,
+    RowSizes,
+    SoftmaxMisplaced,
+    TooLarge,
+    UnknownFunction,
+    UnknownName,
+    UsedBeforeDefinition,
+    WrongIndexCount,
+    WrongKind,
+)
+from attncc.check.functions import BUILTINS, Argument, CallSite
+from attncc.check.modules import Module
+from attncc.check.reporter import Expansion, Reporter
+from attncc.check.rope import SCALINGS, Scaling
+from attncc.check.values import (
+    MAX_DEPTH,
+    UNKNOWN,
+    KindMismatch,
+    Meaning,
+    SizeMismatch,
+    Tensor,
+    Unknown,
+    Value,
+    apply,
+    constant,
+    element_index,
+    extent,
+    is_too_large,
+    size_text,
+    to_float,
+)
+from attncc.check.world import LATER_FUNCTIONS, named
+from attncc.diagnostics import Diagnostic, Label
+from attncc.ir.nodes import Constant, Expr
+from attncc.ir.types import Kind
+from attncc.source import Span
+from attncc.syntax import nodes
+
+KIND_NAMES = {Kind.BOOL: "a bool", Kind.INT: "an int", Kind.FLOAT: "a float"}
+
+_BINARY = {
+    "or": "or",
+    "and": "and",
+    "|": "bit_or",
+    "^": "bit_xor",
+    "&": "bit_and",
+    "<<": "shl",
+    ">>": "shr",
+    "+": "add",
+    "-": "sub",
+    "*": "mul",
+    "/": "div",
+    "//": "floordiv",
+    "%": "mod",
+}
+_UNARY = {"not": "not", "-": "neg", "~": "bit_not"}
+_COMPARE = {"==": "eq", "!=": "ne", "<": "lt", "<=": "le", ">": "gt", ">=": "ge"}
+
+# An int to a constant power is a product; beyond this many factors no int of 64 bits is left.
+_MAX_INT_POWER = 63
+
+
+class Failed(Exception):
+    """The expression at hand has an error, which was reported."""
+
+
+@dataclass(slots=True)
+class Scope:
+    """What names mean in one attention, or in the body of one definition.
+
+    values     parameters and `let` names, and where each is declared
+    pending    `let` names further down, with their place
+    """
+
+    module: Module
+    where: str
+    values: dict[str, Meaning] = field(default_factory=dict[str, Meaning])
+    declared: dict[str, Span] = field(default_factory=dict[str, Span])
+    pending: dict[str, Span] = field(default_factory=dict[str, Span])
+
+
+class Evaluator:
+    """Evaluates expressions of one scope; errors go to the reporter, and what has one becomes `UNKNOWN`."""
+
+    def __init__(self, reporter: Reporter, scope: Scope, depth: int = 0) -> None:
+        self.reporter = reporter
+        self.scope = scope
+        self.depth = depth
+
+    # Errors and places
+
+    def fail(self, diagnostic: Diagnostic) -> Failed:
+        self.reporter.report(diagnostic)
+        return Failed()
+
+    def place(self, span: Span) -> Span:
+        """Where IR nodes made for the text at `span` say that they come from."""
+        return self.reporter.span_of(span)
+
+    # Expressions
+
+    def evaluate(self, node: nodes.Expression) -> Meaning:
+        """What the expression means; `UNKNOWN` where it has an error."""
+        self.depth += 1
+        try:
+            if self.depth > MAX_DEPTH:
+                raise self.fail(TooLarge(node.span, "this expression", f"more than {MAX_DEPTH} levels deep"))
+            return self._evaluate(node)
+        except Failed:
+            return UNKNOWN
+        finally:
+            self.depth -= 1
+
+    def _evaluate(self, node: nodes.Expression) -> Meaning:
+        match node:
+            case nodes.Name():
+                return self._name(node)
+            case nodes.Number(value=value) | nodes.Boolean(value=value):
+                return constant(value, self.place(node.span))
+            case nodes.Unary(operator=operator, operand=operand):
+                value = self._operand(operand)
+                if operator == "+":
+                    return self._checked_number(value, f"the operand of `{operator}`")
+                return self.apply(_UNARY[operator], [value], node.span, f"the operand of `{operator}`")
+            case nodes.Binary():
+                return self._binary(node)
+            case nodes.Compare(first=first, rest=rest):
+                return self._compare(first, rest, node.span)
+            case nodes.Conditional(then=then, condition=condition, otherwise=otherwise):
+                values = self._operands(condition, then, otherwise)
+                return self.apply("where", values, node.span, "`if … else`")
+            case nodes.Call():
+                return self._call(node)
+            case nodes.Subscript():
+                return self._subscript(node)
+            case nodes.Attribute(name=name):
+                raise self.fail(NoAttributes(node.span, name))
+            case _:
+                assert_never(node)
+
+    def _operand(self, node: nodes.Expression) -> tuple[Value, Span]:
+        return self.value(self.evaluate(node), node.span), node.span
+
+    def _operands(self, *operands: nodes.Expression) -> list[tuple[Value, Span]]:
+        """Every operand, so that an error in one does not hide those in the others."""
+        meanings = [(self.evaluate(operand), operand.span) for operand in operands]
+        return [(self.value(meaning, span), span) for meaning, span in meanings]
+
+    def _binary(self, node: nodes.Binary) -> Value:
+        if node.operator == "@":
+            raise self.fail(MatrixProduct(node.operator_span))
+        left, right = self._operands(node.left, node.right)
+        if node.operator == "**":
+            return self.power(left, right, node.span)
+        return self.apply(_BINARY[node.operator], [left, right], node.span, f"an operand of `{node.operator}`")
+
+    def _compare(
+        self, first: nodes.Expression, rest: Sequence[tuple[nodes.Comparison, nodes.Expression]], span: Span
+    ) -> Value:
+        values = self._operands(first, *(operand for _, operand in rest))
+        result: Value | None = None
+        for (operator, _), left, right in zip(rest, values, values[1:], strict=False):
+            link = self.apply(_COMPARE[operator], [left, right], span, f"an operand of `{operator}`")
+            result = link if result is None else self.apply("and", [(result, span), (link, span)], span, "`and`")
+        assert result is not None
+        return result
+
+    # Names and definitions
+
+    def _name(self, node: nodes.Name) -> Meaning:
+        name, scope = node.name, self.scope
+        if name in scope.values:
+            return scope.values[name]
+        if name in scope.pending:
+            related = (Label(scope.pending[name], "defined here"),)
+            raise self.fail(UsedBeforeDefinition(node.span, name, related=related))
+        found = named(name, self.place(node.span))
+        if found is not None:
+            return found
+        define = scope.module.find(name)
+        if define is not None and define[0].parameters is None:
+            return self._expand(define, {}, node.span)
+        if define is not None:
+            parameters = ", ".join(p.name for p in define[0].parameters or ())
+            raise self.fail(NeedsCall(node.span, name, f"{name}({parameters})"))
+        if name in BUILTINS:
+            raise self.fail(NeedsCall(node.span, name, BUILTINS[name].call_text(name)))
+        hint, declared = suggest.value(name, scope)
+        related = () if declared is None else (Label(declared[1], f"`{declared[0]}` is declared here"),)
+        raise self.fail(UnknownName(node.span, name, scope.where, hint, related=related))
+
+    def _expand(self, found: tuple[nodes.Define, Module], arguments: dict[str, Meaning], use: Span) -> Meaning:
+        define, module = found
+        if define.name_span in self.reporter.refused or any(isinstance(a, Unknown) for a in arguments.values()):
+            return UNKNOWN
+        scope = Scope(module, "in this definition", dict(arguments))
+        scope.declared = {p.name: p.span for p in define.parameters or ()}
+        with self.reporter.expanding(Expansion(define.name, use, module.is_prelude)):
+            inner = Evaluator(self.reporter, scope, self.depth)
+            for parameter in define.parameters or ():
+                if parameter.name not in arguments and parameter.default is not None:
+                    scope.values[parameter.name] = inner.evaluate(parameter.default)
+            return inner.evaluate(define.value)
+
+    def _call(self, node: nodes.Call) -> Meaning:
+        name = node.function
+        define = self.scope.module.find(name)
+        if define is not None and name not in BUILTINS:
+            if define[0].parameters is None:
+                raise self.fail(NotAFunction(node.span, name, f"use it without brackets: `{name}`"))
+            signature = suggest.define_signature(define[0])
+            parameters = tuple(p.name for p in define[0].parameters)
+            optional = frozenset(p.name for p in define[0].parameters if p.default is not None)
+            bound = self._arguments(node, parameters, optional, signature)
+            meanings = {name: a.meaning for name, a in bound.items() if not isinstance(a.meaning, Scaling)}
+            return self._expand(define, meanings, node.span)
+        if name in LATER_FUNCTIONS:
+            raise self.fail(LaterFunction(node.span, name, LATER_FUNCTIONS[name]))
+        builtin = BUILTINS.get(name)
+        if builtin is not None:
+            signature = builtin.call_text(name)
+            parameters = builtin.parameters
+            if builtin.variadic:
+                parameters = tuple(f"x{i}" for i in range(max(1, len(node.arguments))))
+            bound = self._arguments(node, parameters, builtin.optional, signature)
+            if any(isinstance(argument.meaning, Unknown) for argument in bound.values()):
+                raise Failed
+            return builtin.implementation(CallSite(self, name, node.span), bound)
+        if name in SCALINGS:
+            problem = f"`{name}` is a scaling of rope"
+            raise self.fail(NotAFunction(node.span, name, f"{problem}: `rope(q, q_idx, scaling={name}(…))`"))
+        if name in self.scope.values or named(name, node.span) is not None:
+            for argument in node.arguments:
+                self.evaluate(argument)
+            hint = f"read an element with `{name}[…]`" if isinstance(self.scope.values.get(name), Tensor) else (
+                f"`{name}` is a value: use it without brackets"
+            )  # fmt: skip
+            raise self.fail(NotAFunction(node.function_span, name, hint))
+        raise self.fail(UnknownFunction(node.function_span, name, suggest.function(name, self.scope)))
+
+    def _arguments(
+        self, node: nodes.Call, parameters: tuple[str, ...], optional: frozenset[str], signature: str
+    ) -> dict[str, Argument]:
+        bound = binding.bind(node, parameters, optional, signature, self.reporter)
+        # Evaluate them even where the call itself is wrong: their errors are independent of that.
+        evaluated: dict[str, Argument] = {}
+        for parameter, expression in bound.arguments:
+            if node.function == "rope" and parameter == "scaling" and isinstance(expression, nodes.Call):
+                meaning = self._scaling(expression)
+            else:
+                meaning = self.evaluate(expression)
+            evaluated[parameter] = Argument(meaning, expression.span)
+        if not bound.is_right:
+            raise Failed
+        return evaluated
+
+    def _scaling(self, node: nodes.Call) -> Scaling | Unknown:
+        kind = SCALINGS.get(node.function)
+        if kind is None:
+            hint = suggest.nearest(node.function, SCALINGS) or "a scaling is one of " + ", ".join(
+                f"`{name}`" for name in SCALINGS
+            )
+            self.reporter.report(UnknownFunction(node.function_span, node.function, hint))
+            return UNKNOWN
+        signature = f"{node.function}({', '.join(kind.parameters)})"
+        try:
+            bound = self._arguments(node, kind.parameters, frozenset(kind.defaults), signature)
+            values: dict[str, Value] = {name: constant(value) for name, value in kind.defaults.items()}
+            for name, argument in bound.items():
+                role = f"`{name}` of `{node.function}`"
+                check = self.float_row if name == "factors" else self.number
+                values[name] = check(argument.meaning, argument.span, role)
+        except Failed:
+            return UNKNOWN
+        return Scaling(kind.function, values)
+
+    def scaling(self, meaning: Meaning | Scaling, span: Span) -> Scaling:
+        if isinstance(meaning, Scaling):
+            return meaning
+        scalings = ", ".join(f"`{name}(…)`" for name in SCALINGS)
+        raise self.fail(NotConstant(span, "`scaling`", f"one of {scalings}"))
+
+    # Elements of tensors
+
+    def _subscript(self, node: nodes.Subscript) -> Value:
+        meaning = self.evaluate(node.base)
+        slices = [i for i, index in enumerate(node.indices) if isinstance(index, nodes.FullSlice)]
+        indices: list[Expr | None] = []
+        failed = False
+        for index in node.indices:
+            if isinstance(index, nodes.FullSlice):
+                indices.append(None)
+                continue
+            try:
+                indices.append(self._index(index))
+            except Failed:
+                failed = True
+        if isinstance(meaning, Unknown) or failed:
+            raise Failed
+        if isinstance(meaning, Value):
+            what = "a row" if meaning.is_row else KIND_NAMES[meaning.kind]
+            raise self.fail(NotIndexable(node.span, what))
+        axes = len(meaning.parameter.shape)
+        if len(indices) == axes - 1 and not slices:
+            indices.append(None)
+        if len(indices) != axes or indices.count(None) > 1:
+            raise self.fail(self._wrong_count(meaning, node, len(slices)))
+        if None not in indices:
+            return Value(meaning.load(tuple(i for i in indices if i is not None), self.place(node.span)), meaning.kind)
+        return self._row_of(meaning, indices, node.span)
+
+    def _index(self, node: nodes.Expression) -> Expr:
+        value = self.scalar(self.evaluate(node), node.span, "an index")
+        self.require(value, Kind.INT, node.span, "an index")
+        return value.expr
+
+    def _row_of(self, tensor: Tensor, indices: Sequence[Expr | None], span: Span) -> Value:
+        axis = indices.index(None)
+        filled = tuple(element_index() if index is None else index for index in indices)
+        return Value(tensor.load(filled, self.place(span)), tensor.kind, tensor.parameter.shape[axis])
+
+    def _wrong_count(self, tensor: Tensor, node: nodes.Subscript, slices: int) -> Diagnostic:
+        axes = len(tensor.parameter.shape)
+        found = f"{len(node.indices) - slices} index{'es' if len(node.indices) - slices != 1 else ''}"
+        found += f" and {slices} `:`" if slices else ""
+        related = () if tensor.parameter.span is None else (Label(tensor.parameter.span, "declared here"),)
+        name = tensor.parameter.name
+        shape = tensor.declared.text
+        return WrongIndexCount(
+            node.span, name, f"{axes} ax{'is' if axes == 1 else 'es'}", found, shape, related=related
+        )
+
+    # Kinds
+
+    def value(self, meaning: Meaning | Scaling, span: Span) -> Value:
+        """A scalar or a row; a tensor of no axis is a scalar, one of one axis a row."""
+        match meaning:
+            case Value():
+                return meaning
+            case Tensor(parameter=parameter):
+                if len(parameter.shape) == 0:
+                    return Value(meaning.load((), self.place(span)), meaning.kind)
+                if len(parameter.shape) == 1:
+                    return self._row_of(meaning, [None], span)
+                related = () if parameter.span is None else (Label(parameter.span, "declared here"),)
+                raise self.fail(
+                    WrongIndexCount(
+                        span,
+                        parameter.name,
+                        f"{len(parameter.shape)} axes",
+                        "no index",
+                        meaning.declared.text,
+                        related=related,
+                    )
+                )
+            case Unknown():
+                raise Failed
+            case Scaling():
+                raise AssertionError("only `rope` has an argument `scaling`, which takes one")
+            case _:
+                assert_never(meaning)
+
+    def scalar(self, meaning: Meaning | Scaling, span: Span, role: str) -> Value:
+        value = self.value(meaning, span)
+        if value.size is not None:
+            raise self.fail(NeedsScalar(span, role, size_text(value.size)))
+        return value
+
+    def number(self, meaning: Meaning | Scaling, span: Span, role: str) -> Value:
+        """A scalar int or float, as a float."""
+        return self.as_float(self.scalar(meaning, span, role), span, role)
+
+    def float_row(self, meaning: Meaning | Scaling, span: Span, role: str) -> Value:
+        """A row of numbers, as floats."""
+        value = self.value(meaning, span)
+        if not value.is_row:
+            raise self.fail(
+                NeedsRow(span, role, "rows are `q`, `k` and `v` in their clauses, and `gain[h, :]` of a tensor")
+            )
+        return self.as_float(value, span, role)
+
+    def as_float(self, value: Value, span: Span, role: str) -> Value:
+        """A number, or a row of numbers, as floats."""
+        return to_float(self._checked_number((value, span), role))
+
+    def require(self, value: Value, kind: Kind, span: Span, role: str) -> None:
+        if value.kind is not kind:
+            raise self.fail(self._wrong_kind(value.kind, frozenset((kind,)), span, role))
+
+    def _checked_number(self, operand: tuple[Value, Span], role: str) -> Value:
+        value, span = operand
+        if value.kind is Kind.BOOL:
+            raise self.fail(self._wrong_kind(value.kind, frozenset((Kind.INT, Kind.FLOAT)), span, role))
+        return value
+
+    def static_int(self, meaning: Meaning | Scaling, span: Span, role: str) -> Value:
+        """An int made of sizes and constants."""
+        value = self.scalar(meaning, span, role)
+        self.require(value, Kind.INT, span, role)
+        if not is_static(value.expr):
+            raise self.fail(NotConstant(span, role, "made of sizes and constants"))
+        return value
+
+    def static_bool(self, meaning: Meaning | Scaling, span: Span, role: str) -> bool:
+        value = self.scalar(meaning, span, role)
+        self.require(value, Kind.BOOL, span, role)
+        if not isinstance(value.expr, Constant):
+            raise self.fail(NotConstant(span, role, "a constant"))
+        return bool(value.expr.value)
+
+    def _wrong_kind(self, found: Kind, expected: frozenset[Kind], span: Span, role: str) -> Diagnostic:
+        return WrongKind(span, role, expected_text(expected), KIND_NAMES[found], kind_hint(found, expected, span.text))
+
+    def apply(self, op: str, operands: Sequence[tuple[Value, Span]], span: Span, role: str) -> Value:
+        """An operator of the table on its operands; a misfit is reported at the operand that is to blame."""
+        try:
+            return apply(op, *(value for value, _ in operands), span=self.place(span))
+        except KindMismatch as mismatch:
+            value, operand_span = operands[mismatch.position]
+            if op == "where":
+                role = ("the condition", "the value before `if`", "the value after `else`")[mismatch.position]
+            raise self.fail(self._wrong_kind(value.kind, mismatch.expected, operand_span, role)) from None
+        except SizeMismatch as mismatch:
+            left, right = size_text(mismatch.left), size_text(mismatch.right)
+            raise self.fail(self._row_sizes(span, left, right)) from None
+
+    def _row_sizes(self, span: Span, left: str, right: str) -> Diagnostic:
+        row_size = left if left in ("D", "E") else right
+        other = right if row_size == left else left
+        hint = f"declare the axis of the tensor as `{row_size}` instead of `{other}`"
+        return RowSizes(span, left, right, hint)
+
+    def power(self, base: tuple[Value, Span], exponent: tuple[Value, Span], span: Span) -> Value:
+        """x ** y, with Python's meaning: ints stay ints where the exponent is a constant of 0 or more."""
+        x, y = self._checked_number(base, "the base of `**`"), self._checked_number(exponent, "the exponent of `**`")
+        if Kind.FLOAT in (x.kind, y.kind):
+            return self.apply("pow", [(to_float(x), base[1]), (to_float(y), exponent[1])], span, "an operand of `**`")
+        if not isinstance(y.expr, Constant):
+            raise self.fail(IntPower(exponent[1], "this exponent is known at the call only"))
+        n = int(y.expr.value)
+        if n < 0:
+            return self.apply("pow", [(to_float(x), base[1]), (to_float(y), exponent[1])], span, "an operand of `**`")
+        if n > _MAX_INT_POWER:
+            raise self.fail(IntPower(exponent[1], f"more than {_MAX_INT_POWER} factors"))
+        return _product([x] * n, self.place(span))
+
+    def misplaced_softmax(self, span: Span) -> Never:
+        hint = "write `weight = softmax(score)`, and put what is done to the score into `score = …`"
+        raise self.fail(SoftmaxMisplaced(span, "softmax of a single value", hint))
+
+    def refuse_too_large(self, value: Value, span: Span, clause: str) -> None:
+        if is_too_large(value.expr):
+            terms, depth = extent(value.expr)
+            raise self.fail(TooLarge(span, clause, f"{terms:,} terms, {depth} deep"))
+
+
+def _product(factors: Sequence[Value], span: Span) -> Value:
+    """The factors multiplied pair by pair, so that equal products are shared."""
+    if not factors:
+        return constant(1, span)
+    if len(factors) == 1:
+        return factors[0]
+    half = len(factors) // 2
+    first = _product(factors[:half], span)
+    second = first if len(factors) == 2 * half else _product(factors[half:], span)
+    return apply("mul", first, second, span=span)
+
+
+def is_static(expr: Expr) -> bool:
+    """Whether an int expression is made of sizes and constants alone."""
+    from attncc.ir.nodes import Apply, Size
+
+    match expr:
+        case Constant() | Size():
+            return True
+        case Apply(args=args):
+            return all(is_static(argument) for argument in args)
+        case _:
+            return False
+
+
+def expected_text(expected: frozenset[Kind]) -> str:
+    if expected >= {Kind.INT, Kind.FLOAT}:
+        return "a number"
+    return " or ".join(KIND_NAMES[kind] for kind in sorted(expected, key=lambda kind: kind.value))
+
+
+def kind_hint(found: Kind, expected: frozenset[Kind], text: str) -> str:
+    """What to write instead."""
+    short = text if len(text) <= 30 and "\n" not in text else "x"
+    match found, expected:
+        case Kind.BOOL, _:
+            return f"`{short} and …` combines bools; `int({short})` makes 0 or 1 of one"
+        case Kind.INT, _ if Kind.BOOL in expected:
+            return f"compare it: `{short} != 0`"
+        case Kind.FLOAT, _ if Kind.BOOL in expected:
+            return f"compare it: `{short} > 0.0`"
+        case Kind.FLOAT, _ if Kind.INT in expected:
+            if "/" in text and "//" not in text:
+                return "`//` divides ints and rounds down; `/` makes a float"
+            return f"`int({short})` drops the fraction"
+        case _:
+            return ""

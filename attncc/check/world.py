@@ -1,0 +1,71 @@
+"""The names that mean something in every spec."""
+
+from __future__ import annotations
+
+import keyword
+import math
+
+from attncc.check.values import Value, constant, element_index
+from attncc.ir.nodes import Element, Hole, Index, Size
+from attncc.ir.types import Kind
+from attncc.source import Span
+
+COORDINATES = ("b", "h", "hkv", "q_row", "q_idx", "kv_idx")
+SIZES = ("B", "H", "HKV", "M", "N", "D", "E")
+ROWS = {"q": "D", "k": "D", "v": "E"}
+HOLES = ("qk", "score")
+CONSTANTS = {"inf": math.inf, "pi": math.pi}
+
+WORLD = frozenset((*COORDINATES, *SIZES, *ROWS, *HOLES, *CONSTANTS))
+
+# Arguments that every call has, or will have, besides those of its spec.
+CALL_ARGUMENTS = frozenset(("q_offset", "return_lse", "out", "dropout_p", "seed", "initial_state", "return_state"))
+
+# Clauses of forms that this version does not compile, with what to do instead.
+LATER_CLAUSES = {
+    "feature": "write the weight of a pair: `weight = …`, an expression of `score`",
+    "recurrence": "recurrent attention comes with a later version; pairwise attention has `score`, `mask` and `weight`",
+    "select": "write a `mask`; blocks that it leaves empty are skipped",
+    "sort": "sort the rows of q, k and v before the call",
+    "branch": "build each branch as its own attention and combine the outputs",
+    "output": "combine the outputs of several attentions after their calls",
+}
+
+# Functions of those forms.
+LATER_FUNCTIONS = {
+    "concat": "concatenate the tensors before the call",
+    "outer": "it belongs to `recurrence:`, which comes with a later version",
+    "cumsum": "compute the cumulative sum before the call and pass it as a tensor",
+    "pool": "pool k and v before the call",
+    "project": "project k and v before the call",
+    "argmax": "it belongs to `sort by`, which comes with a later version",
+    "top": "it belongs to `select`, which comes with a later version",
+    "merge": "call the attentions with return_lse=True and merge their outputs",
+}
+
+
+def named(name: str, span: Span) -> Value | None:
+    """What a name of every spec means."""
+    if name in COORDINATES:
+        return Value(Index(name, span), Kind.INT)  # pyright: ignore[reportArgumentType]
+    if name in SIZES:
+        return Value(Size(name, span), Kind.INT)  # pyright: ignore[reportArgumentType]
+    if name in HOLES:
+        return Value(Hole(name, span), Kind.FLOAT)  # pyright: ignore[reportArgumentType]
+    if name in ROWS:
+        size = Size(ROWS[name])  # pyright: ignore[reportArgumentType]
+        return Value(Element(name, element_index(), span), Kind.FLOAT, size)  # pyright: ignore[reportArgumentType]
+    if name in CONSTANTS:
+        return constant(CONSTANTS[name], span)
+    return None
+
+
+def reserved(name: str) -> str:
+    """Why a parameter or a `let` cannot have this name; empty if it can."""
+    if name in WORLD:
+        return "this name has a meaning of its own"
+    if name in CALL_ARGUMENTS:
+        return "this is an argument of every call"
+    if keyword.iskeyword(name):
+        return "this is a keyword of Python, so it cannot be passed by name"
+    return ""
