@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 
 from attncc.diagnostics import BuildError
 from attncc.emit.errors import BrokenTemplate
-from attncc.plan.nodes import KernelPlan
+from attncc.plan.nodes import KernelPlan, Target
 from attncc.resources import folder
 
 
@@ -23,13 +23,26 @@ class Printer(Protocol):
 
     extension: str
 
-    def filters(self) -> Mapping[str, Callable[..., str]]:
-        """The Jinja filters through which a template prints the plan's expressions."""
+    def filters(self) -> Mapping[str, Callable[..., object]]:
+        """The Jinja filters through which a template prints the plan's expressions and asks about it."""
         ...
 
 
 def render(plan: KernelPlan, printer: Printer, templates: Sequence[Path] = ()) -> str:
     """The source of the kernel that `plan` describes. Raises BuildError where its template cannot be rendered."""
+    file = f"{plan.kernel}.{printer.extension}.jinja"
+    return fill(file, plan, plan.name, plan.target, printer.filters(), templates)
+
+
+def fill(
+    file: str,
+    plan: object,
+    name: str,
+    target: Target,
+    filters: Mapping[str, Callable[..., object]],
+    templates: Sequence[Path],
+) -> str:
+    """The template `file` of the target's family, or of the family that it is based on, with `plan` as its variable."""
     environment = Environment(
         loader=FileSystemLoader([*templates, folder("templates")]),
         undefined=StrictUndefined,
@@ -38,12 +51,11 @@ def render(plan: KernelPlan, printer: Printer, templates: Sequence[Path] = ()) -
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.filters.update(printer.filters())
-    file = f"{plan.kernel}.{printer.extension}.jinja"
-    names = [f"{plan.target.family}/{file}", f"{plan.target.backend}/{file}"]
+    environment.filters.update(filters)
+    names = [f"{target.family}/{file}", f"{target.backend}/{file}"]
     try:
         return environment.select_template(names).render(plan=plan)
     except TemplateError as error:
         line = f":{error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
         where = getattr(error, "filename", None) or getattr(error, "name", None) or names[0]
-        raise BuildError(BrokenTemplate(None, plan.name, f"{where}{line}", str(error))) from error
+        raise BuildError(BrokenTemplate(None, name, f"{where}{line}", str(error))) from error

@@ -97,11 +97,11 @@ def chunk_widths(size: int) -> tuple[int, ...]:
 
     80 is 64 + 16 and 576 is 512 + 64; 120 is 128, since two pieces would cover as much.
     """
-    whole = _power_of_two(size)
+    whole = power_of_two(size)
     if size <= 16:
         return (16,)
     half = whole // 2
-    rest = max(_power_of_two(size - half), 16)
+    rest = max(power_of_two(size - half), 16)
     return (half, rest) if half + rest < whole else (whole,)
 
 
@@ -110,6 +110,6 @@ def covered(size: int) -> int:
     return sum(chunk_widths(size))
 
 
-def _power_of_two(size: int) -> int:
+def power_of_two(size: int) -> int:
     """The least power of two that is not less than `size`."""
     return 1 << max(size - 1, 0).bit_length()

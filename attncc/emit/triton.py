@@ -1,0 +1,461 @@
+"""Spells the IR in Triton: what the templates of `templates/triton` print a plan's expressions with.
+
+A value of a kernel is a scalar, a vector over the queries or the keys of a tile, or a matrix over both. Each filter
+prints for one of these shapes; in a matrix, vectors are turned into columns (`x[:, None]`, first axis) and rows
+(`x[None, :]`, second axis), so that everything broadcasts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import assert_never
+
+from attncc.emit.triton_names import INDEX_NAMES, name_of
+from attncc.emit.triton_text import chunks, functions, header, tidy
+from attncc.ir.errors import IRError
+from attncc.ir.nodes import (
+    Apply,
+    Constant,
+    Element,
+    Expr,
+    Hole,
+    Index,
+    Load,
+    Parameter,
+    Reduce,
+    Size,
+    Summary,
+    Variable,
+)
+from attncc.ir.operators import OPERATORS
+from attncc.ir.rewrite import kind_of, walk
+from attncc.ir.types import DType, Kind
+from attncc.passes.ranges import Range, fits_int32, int_range
+from attncc.plan.nodes import Binding, BlockStructure, ForwardPlan, KernelPlan, RowsPlan, Staged, TilesPlan
+from attncc.plan.triton_tiles import power_of_two
+
+FLOAT_NAMES = {DType.F16: "float16", DType.BF16: "bfloat16", DType.F32: "float32", DType.F64: "float64"}
+LOG2_E = 1.4426950408889634
+LOWEST = {DType.F32: -3.4028234663852886e38, DType.F64: -1.7976931348623157e308}
+
+
+class Axis(Enum):
+    """Along which axis of a tile a value varies. BOTH is a matrix."""
+
+    NONE = 0
+    FIRST = 1
+    SECOND = 2
+    BOTH = 3
+
+
+# How tightly Python binds, loosest first.
+_COMPARE, _OR, _XOR, _AND, _SHIFT, _SUM, _PRODUCT, _SIGN, _ATOM = range(9)
+_LEVELS = {
+    **dict.fromkeys(("<", "<=", ">", ">=", "==", "!="), _COMPARE),
+    "|": _OR,
+    "^": _XOR,
+    "&": _AND,
+    "<<": _SHIFT,
+    ">>": _SHIFT,
+    "+": _SUM,
+    "-": _SUM,
+    **dict.fromkeys(("*", "/", "//", "%"), _PRODUCT),
+}
+_INFIX = re.compile(r"\(?\{0\} (\S+) (\{1\}|0)\)?")
+_PREFIX = re.compile(r"\(?([-~])\{0\}\)?")
+# Where both operands are known not to be negative, truncation is the floor.
+_TRUNCATING = {"floordiv": "{0} // {1}", "mod": "{0} % {1}"}
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Printed source and how tightly its outermost operator binds."""
+
+    source: str
+    level: int = _ATOM
+
+    def at(self, level: int) -> str:
+        """The source, in parentheses where its operator binds less tightly than `level`."""
+        return self.source if self.level >= level else f"({self.source})"
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of tiles of keys: the names of its first tile and of the one past its last."""
+
+    begin: str
+    end: str
+
+
+class TritonPrinter:
+    """Prints the expressions of one plan."""
+
+    extension = "py"
+
+    def __init__(self, plan: KernelPlan) -> None:
+        self.plan = plan
+        self.dtypes = {tensor.name: tensor.dtype for tensor in plan.tensors}
+        self.ranks = {tensor.name: tensor.rank for tensor in plan.tensors}
+        self.shapes = {parameter.name: parameter.shape for parameter in plan.spec.tensors}
+        self.double = DType.F64 in (self.dtypes.values() if isinstance(plan, TilesPlan) else (plan.dtype,))
+        self.axes: dict[str, Axis] = {}
+        self.ranges: dict[str, Range] = {}
+        self.wide: set[str] = set()
+        for axis, binding in _bindings(plan):
+            self.axes[binding.name] = axis
+            if binding.kind is Kind.INT:
+                self.ranges[binding.name] = int_range(binding.value, self.dtypes, self.ranges)
+                self.wide |= {binding.name} if self._is_wide(binding.value) else set()
+
+    def filters(self) -> Mapping[str, Callable[..., object]]:
+        return {
+            # Text.
+            "header": header,
+            "functions": functions,
+            "tidy": tidy,
+            "chunks": chunks,
+            "name": name_of,
+            "triton_dtype": lambda dtype: f"tl.{FLOAT_NAMES[dtype]}",
+            "dot_options": lambda dtype: ', input_precision="ieee"' if dtype is DType.F32 else "",
+            # Expressions, by the shape of the value.
+            "vector": lambda expr: self.print(expr, matrix=False).source,
+            "vector_operand": lambda expr: self.print(expr, matrix=False).at(_PRODUCT),
+            "negated": lambda expr: f"({self.print(expr, matrix=False).at(_SHIFT)} == 0)",
+            "matrix": lambda expr: self.print(expr, matrix=True).source,
+            "matrix_operand": lambda expr: self.print(expr, matrix=True).at(_AND),
+            "tile_matrix": self.tile_matrix,
+            "int32": self.int32,
+            # Facts.
+            "compute_dtype": lambda _: "tl.float64" if self.double else "tl.float32",
+            "exact": lambda dtype: dtype in (DType.F32, DType.F64),
+            "lowest": lambda dtype: LOWEST[DType.F64 if dtype is DType.F64 else DType.F32],
+            "log2_e": lambda _: LOG2_E,
+            "to_log2": to_log2,
+            "axes": range,
+            "passes": passes,
+            "segments": segments,
+            "has_full": lambda key_range: key_range.full_lo != key_range.full_hi,
+            "longest_first": longest_first,
+            "reads": self.reads,
+            "reduce_sizes": reduce_sizes,
+            "block_rows": block_rows,
+            "power_of_two": power_of_two,
+            "is_float": lambda summary: summary.load.kind is Kind.FLOAT,
+            "is_bool": lambda summary: summary.load.kind is Kind.BOOL,
+        }
+
+    def print(self, expr: Expr, *, matrix: bool, wide: bool = False) -> Text:
+        """`expr` as Triton. wide: ints are computed in 64 bits, because some result on the way may need them."""
+        if not wide and kind_of(expr) is Kind.INT:
+            wide = not self._fits(expr)
+        match expr:
+            case Constant(value=value):
+                return _literal(value)
+            case Index(name=name):
+                return self._leaf(INDEX_NAMES[name], self._index_axis(name), matrix, wide)
+            case Size(name=name):
+                return self._leaf(name, Axis.NONE, matrix, wide)
+            case Parameter(name=name, kind=kind):
+                return self._leaf(name_of(name), Axis.NONE, matrix, wide and kind is Kind.INT)
+            case Variable(name=name, kind=kind):
+                return self._leaf(name_of(name), self.axes[name], matrix, wide and kind is Kind.INT)
+            case Hole(name="dot"):
+                return Text("qk")
+            case Hole(name="score"):
+                return Text("score")
+            case Hole(name="qk"):
+                raise IRError("a plan multiplies by the scale itself: Hole('qk') cannot be printed")
+            case Load():
+                return self._load(expr, matrix, wide)
+            case Element(index=index):
+                return self._element(index, matrix)
+            case Reduce(op=op, body=body, size=size):
+                return self._reduce(op, body, size, matrix)
+            case Summary():
+                return self._summary(expr, wide)
+            case Apply(op=op, args=args):
+                return self._apply(op, args, matrix, wide)
+            case _:
+                assert_never(expr)
+
+    def int32(self, expr: Expr) -> str:
+        """A scalar int whose value is known to fit 32 bits, whatever is computed on the way."""
+        text = self.print(expr, matrix=False)
+        return f"{text.at(_ATOM)}.to(tl.int32)" if self._is_wide(expr) else text.source
+
+    def tile_matrix(self, expr: Expr) -> str:
+        """A value of every pair of the tile, also where it varies with queries or keys alone."""
+        text = self.print(expr, matrix=True)
+        if any(isinstance(node, Hole) or self._is_matrix(node) for node in walk(expr)):
+            return text.source
+        return f"tl.zeros([BLOCK_M, BLOCK_N], FLOAT) + {text.at(_PRODUCT)}"
+
+    def _is_matrix(self, expr: Expr) -> bool:
+        return isinstance(expr, Variable) and self.axes[expr.name] is Axis.BOTH
+
+    def reads(self, plan: KernelPlan, index: str, size: str) -> bool:
+        """Whether a captured tensor is read at `index` along an axis of that `size`."""
+        leaf = Index(index)  # type: ignore[arg-type]
+        return any(
+            isinstance(node, Load) and (leaf, Size(size)) in zip(node.indices, self.shapes[node.tensor], strict=True)  # type: ignore[arg-type]
+            for expr in _expressions(plan)
+            for node in walk(expr)
+        )
+
+    # --- leaves -----------------------------------------------------------------------------------------------------
+
+    def _fits(self, expr: Expr) -> bool:
+        return fits_int32(expr, self.dtypes, self.ranges)
+
+    def _is_wide(self, expr: Expr) -> bool:
+        """Whether an int is printed as a 64-bit value."""
+        match expr:
+            case Variable(name=name):
+                return name in self.wide
+            case Load(tensor=tensor):
+                return self.dtypes[tensor] is DType.I64
+            case Apply(args=args):
+                spelled = OPERATORS[expr.op].spelling("triton", kind_of(args[-1]))
+                inner = any(kind_of(arg) is Kind.INT and self._is_wide(arg) for arg in args)
+                return inner or not self._fits(expr) or spelled.startswith(("attn_shl", "attn_shr"))
+            case _:
+                return False
+
+    def _index_axis(self, name: str) -> Axis:
+        match self.plan:
+            case ForwardPlan():
+                axes = {"q_row": Axis.FIRST, "q_idx": Axis.FIRST, "kv_idx": Axis.SECOND}
+            case RowsPlan():
+                axes = {"q_row": Axis.FIRST, "q_idx": Axis.FIRST, "kv_idx": Axis.FIRST, "d": Axis.SECOND}
+            case TilesPlan():
+                axes = {}
+        return axes.get(name, Axis.NONE)
+
+    def _leaf(self, name: str, axis: Axis, matrix: bool, wide: bool) -> Text:
+        source = name
+        if matrix and axis is Axis.FIRST:
+            source += "[:, None]"
+        elif matrix and axis is Axis.SECOND:
+            source += "[None, :]"
+        return Text(f"{source}.to(tl.int64)" if wide else source)
+
+    def _load(self, load: Load, matrix: bool, wide: bool) -> Text:
+        tensor = name_of(load.tensor)
+        offsets = [
+            f"{self._clamped(load, axis, matrix)} * {tensor}_stride_{axis}" for axis in range(len(load.indices))
+        ]
+        return Text(f"tl.load({' + '.join([tensor, *offsets])}){self._widening(load, wide)}")
+
+    def _widening(self, load: Load, wide: bool) -> str:
+        """The conversion of a loaded element to the type that it is computed in."""
+        dtype = self.dtypes[load.tensor]
+        match load.kind:
+            case Kind.FLOAT:
+                computed = DType.F64 if self.double else DType.F32
+                return "" if dtype is computed else ".to(FLOAT)"
+            case Kind.INT:
+                return ".to(tl.int64)" if wide and dtype is not DType.I64 else ""
+            case Kind.BOOL:
+                return ""
+            case _:
+                assert_never(load.kind)
+
+    def _clamped(self, load: Load, axis: int, matrix: bool) -> str:
+        """The index of one axis of a load, kept within the tensor."""
+        index, size = load.indices[axis], self.shapes[load.tensor][axis]
+        match index, size:
+            case (
+                (Index(name="b"), Size(name="B")) | (Index(name="h"), Size(name="H")) | (Index(name="hkv"), Size(name="HKV"))
+            ):
+                return self.print(index, matrix=matrix).source
+            case Index(name="q_row"), Size(name="M"):
+                return self._leaf("rows_m", self._index_axis("q_row"), matrix, wide=False).source
+            case Index(name="kv_idx"), Size(name="N"):
+                return self._leaf("rows_n", self._index_axis("kv_idx"), matrix, wide=False).source
+            case _, Constant(value=int(value)) if int_range(index, self.dtypes, self.ranges).within(Range(0, value - 1)):
+                return self.print(index, matrix=matrix).at(_PRODUCT)
+            case _:
+                return f"attn_clamp({self.print(index, matrix=matrix).source}, {name_of(load.tensor)}_size_{axis})"
+
+    def _summary(self, summary: Summary, wide: bool) -> Text:
+        number = _blocks(self.plan).summaries.index(summary)
+        table = f"summary_{number}"
+        tile = "tile_n" if summary.axis == "kv" else "tile_m"
+        source = f"tl.load({table} + b * {table}_stride_b + h * {table}_stride_h + {tile})"
+        return Text(source + self._widening(summary.load, wide))
+
+    # --- transforms of rows -----------------------------------------------------------------------------------------
+
+    def _element(self, index: Expr, matrix: bool) -> Text:
+        if not isinstance(self.plan, RowsPlan):
+            raise IRError("only a rows kernel reads elements of q, k or v")
+        width = self.plan.width
+        text = self.print(index, matrix=matrix)
+        if not int_range(index, self.dtypes, self.ranges).within(Range(0, width - 1)):
+            text = Text(f"attn_clamp({text.source}, {width})")
+        rows = "x_rows[:, None]" if matrix else "x_rows"
+        return Text(f"tl.load({rows} + {text.at(_SUM + 1)}).to(FLOAT)")
+
+    def _reduce(self, op: str, body: Expr, size: Expr, matrix: bool) -> Text:
+        if not (isinstance(size, Constant) and isinstance(size.value, int)):
+            raise IRError(f"a reduction over {size} has no length at compile time")
+        inner = self.print(body, matrix=True).source
+        own = f"offs_d{size.value}"
+        inner = re.sub(r"\boffs_d\b", own, inner)
+        if power_of_two(size.value) != size.value:
+            neutral = "0.0" if op == "sum" else 'float("-inf")'
+            inner = f"tl.where({own}[None, :] < {size.value}, {inner}, {neutral})"
+        return Text(f"tl.{op}({inner}, 1)" + ("[:, None]" if matrix else ""))
+
+    # --- operators --------------------------------------------------------------------------------------------------
+
+    def _apply(self, op: str, args: tuple[Expr, ...], matrix: bool, wide: bool) -> Text:
+        spelling = OPERATORS[op].spelling("triton", kind_of(args[-1]))
+        if op in _TRUNCATING and self._never_negative(args):
+            spelling = _TRUNCATING[op]
+        ints = [arg for arg in args if kind_of(arg) is Kind.INT]
+        wide = bool(ints) and (wide or not all(self._fits(arg) for arg in ints))
+        texts = [self.print(arg, matrix=matrix, wide=wide and kind_of(arg) is Kind.INT) for arg in args]
+        if infix := _INFIX.fullmatch(spelling):
+            symbol, right = infix.groups()
+            level = _LEVELS[symbol]
+            # Comparisons do not associate, and neither do sums of floats.
+            left_text = texts[0].at(level + (level == _COMPARE))
+            right_text = texts[1].at(level + 1) if right == "{1}" else right
+            return Text(f"{left_text} {symbol} {right_text}", level)
+        if prefix := _PREFIX.fullmatch(spelling):
+            return Text(prefix[1] + texts[0].at(_SIGN), _SIGN)
+        if spelling.startswith("{0}."):
+            return Text(spelling.format(texts[0].at(_ATOM)))
+        return Text(spelling.format(*self._arguments(spelling, args, texts)))
+
+    def _never_negative(self, args: tuple[Expr, ...]) -> bool:
+        dividend, divisor = (int_range(arg, self.dtypes, self.ranges) for arg in args)
+        return dividend.lo >= 0 and divisor.lo >= 1
+
+    def _arguments(self, spelling: str, args: tuple[Expr, ...], texts: Iterable[Text]) -> list[str]:
+        """Arguments of a function call. A literal float takes the type of what it meets, and f32 where it meets
+        nothing; where that is not enough it is given its type."""
+        literals = [isinstance(arg, Constant) and isinstance(arg.value, float) for arg in args]
+        alone = all(literal or kind_of(arg) is not Kind.FLOAT for literal, arg in zip(literals, args, strict=True))
+        typed = self.double or alone or spelling.startswith("attn_")
+        return [
+            f"tl.full((), {text.source}, FLOAT)" if literal and typed else text.source
+            for literal, text in zip(literals, texts, strict=True)
+        ]
+
+
+# --- literals --------------------------------------------------------------------------------------------------------
+
+
+def _literal(value: bool | int | float) -> Text:
+    if isinstance(value, float) and not math.isfinite(value):
+        return Text(f'float("{value}")')
+    return Text(repr(value), _SIGN if not isinstance(value, bool) and value < 0 else _ATOM)
+
+
+# --- what a template asks about its plan ----------------------------------------------------------------------------
+
+
+def to_log2(plan: ForwardPlan) -> str:
+    """The factor from the kernel's scores to base-2 logarithms of weights."""
+    if not plan.fold_scale:
+        return repr(LOG2_E)
+    if not isinstance(plan.scale, Constant):
+        raise IRError("a folded scale is a constant")
+    return repr(float(plan.scale.value) * LOG2_E)
+
+
+def passes(plan: ForwardPlan) -> tuple[bool, ...]:
+    """The passes over the keys, by whether they apply the mask: full tiles need no mask where any can be proven."""
+    proven = any(r.full_lo != r.full_hi for r in plan.blocks.ranges)
+    return (False, True) if proven else (True,)
+
+
+def segments(plan: ForwardPlan | TilesPlan, masked: bool | None) -> tuple[Segment, ...]:
+    """The runs of tiles that a pass visits, ascending: full tiles, the partial ones around them, or (None) all."""
+    result: list[Segment] = []
+    for number, r in enumerate(plan.blocks.ranges):
+        first, last, full_first, full_last = (f"{name}_{number}" for name in ("first", "last", "full_first", "full_last"))
+        if masked is None or (masked and r.full_lo == r.full_hi):
+            result.append(Segment(first, last))
+        elif masked:
+            # A full part that begins with the first key of all leaves nothing partial before it.
+            starts_full = r.lo == r.full_lo == Constant(0)
+            result += [] if starts_full else [Segment(first, full_first)]
+            result.append(Segment(full_last, last))
+        elif r.full_lo != r.full_hi:
+            result.append(Segment(full_first, full_last))
+    return tuple(result)
+
+
+def longest_first(plan: ForwardPlan) -> bool:
+    """Whether later queries see more keys: the upper end of a range follows the queries and the lower end does not."""
+
+    def follows(expr: Expr) -> bool:
+        return any(isinstance(node, Index) and node.name in ("q_lo", "q_hi") for node in walk(expr))
+
+    return any(follows(r.hi) and not follows(r.lo) for r in plan.blocks.ranges)
+
+
+def reduce_sizes(plan: RowsPlan) -> tuple[int, ...]:
+    """The lengths of the reductions of a rows kernel, each once."""
+    sizes = {node.size for expr in _expressions(plan) for node in walk(expr) if isinstance(node, Reduce)}
+    return tuple(sorted(int(size.value) for size in sizes if isinstance(size, Constant)))
+
+
+def block_rows(plan: RowsPlan) -> int:
+    """Rows that a program of a rows kernel transforms: 4096 elements of output, four warps with 32 each."""
+    if plan.target.arch == "interpret":
+        return 1024
+    return max(4096 // power_of_two(plan.width), 1)
+
+
+def _blocks(plan: KernelPlan) -> BlockStructure:
+    if isinstance(plan, RowsPlan):
+        raise IRError("a rows kernel has no tiles")
+    return plan.blocks
+
+
+def _bindings(plan: KernelPlan) -> list[tuple[Axis, Binding]]:
+    """Every binding with the axis along which its value varies, in the order of the kernel."""
+
+    def staged(value: Staged | None, axis: Axis) -> list[tuple[Axis, Binding]]:
+        return [] if value is None else [(axis, b) for b in value.bindings]
+
+    match plan:
+        case ForwardPlan():
+            levels = ((Axis.NONE, plan.call), (Axis.NONE, plan.head), (Axis.FIRST, plan.row), (Axis.SECOND, plan.key))
+            tail = [b for value in (plan.score, plan.mask, plan.weight) for b in staged(value, Axis.BOTH)]
+        case RowsPlan():
+            levels = (
+                (Axis.NONE, plan.call),
+                (Axis.FIRST, plan.position),
+                (Axis.BOTH, plan.position_element),
+                (Axis.FIRST, plan.row_values),
+            )
+            tail = staged(plan.element, Axis.BOTH)
+        case TilesPlan():
+            levels, tail = ((Axis.NONE, plan.call), (Axis.NONE, plan.head)), []
+        case _:
+            assert_never(plan)
+    return [(axis, binding) for axis, level in levels for binding in level] + tail
+
+
+def _expressions(plan: KernelPlan) -> list[Expr]:
+    """Every expression that the kernel of `plan` prints."""
+    values = [binding.value for _, binding in _bindings(plan)]
+    match plan:
+        case ForwardPlan():
+            staged = [s.value for s in (plan.score, plan.mask, plan.weight) if s is not None]
+            return [*values, *staged, *([] if plan.sink is None else [plan.sink])]
+        case RowsPlan():
+            return [*values, plan.element.value]
+        case TilesPlan():
+            return [*values, *plan.blocks.summaries]
+        case _:
+            assert_never(plan)

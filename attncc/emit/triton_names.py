@@ -1,0 +1,49 @@
+"""The names that Triton kernels use themselves, and those of the coordinates in them."""
+
+from __future__ import annotations
+
+import keyword
+import re
+
+from attncc.ir.nodes import IndexName
+
+INDEX_NAMES: dict[IndexName, str] = {
+    "b": "b",
+    "h": "h",
+    "hkv": "hkv",
+    "q_row": "offs_m",
+    "q_idx": "q_idx",
+    "kv_idx": "offs_n",
+    "d": "offs_d",
+    "q_lo": "q_lo",
+    "q_hi": "q_hi",
+    "kv_lo": "kv_lo",
+    "kv_hi": "kv_hi",
+}
+
+# Names of the templates in `templates/triton`; a test reads them off generated kernels and compares.
+_KERNEL_NAMES = """
+    triton tl float BLOCK_M BLOCK_N BLOCK_R BLOCK_T FLOAT EXACT QK_TO_LOG2 LN2 LOG2_E LOWEST MASKED WRITE
+    q k v o lse x out B H HKV M N rows heads q_offset heads_per_section
+    pid tile_m tile_n tiles_m tiles_n section b h hkv bh head source_head
+    start_m start_n rows_m rows_n rows_r offs_r offs_m offs_n offs_d q_idx q_lo q_hi kv_lo kv_hi row_m row_n
+    qk score weight keep live p v_kept m_i l_i m_new alpha total count partial entry i
+    q_head k_head v_head o_head x_head x_rows o_rows sink
+    list_offsets list_tiles list_counts list_stride_b list_stride_h list_row table possible certain
+    inside begin end position value values valid least greatest
+"""
+_NUMBERED = re.compile(
+    r"attn_\w+"
+    r"|summary_\d\w*"
+    r"|\w+_(?:stride|size)_\d+"
+    r"|stride_\w+"
+    r"|(?:q_tile|k_tile|v_tile|acc|offs_d|first|last|full_first|full_last|lo|hi|full_lo|full_hi)_?\d*"
+)
+RESERVED = frozenset({*_KERNEL_NAMES.split(), *keyword.kwlist})
+
+
+def name_of(name: str) -> str:
+    """A name of the specification or of a binding, as a kernel spells it: the kernel's own names come first."""
+    while name in RESERVED or _NUMBERED.fullmatch(name):
+        name += "_"
+    return name

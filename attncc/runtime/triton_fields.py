@@ -1,0 +1,190 @@
+"""What the functions of a generated Triton module take, in order: the contract between templates and launchers.
+
+A module has one function for a `forward` or `rows` plan, and several for `tiles`. Their parameters are named here as in
+the templates; a template from outside has to keep to them, which loading checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import assert_never
+
+from attncc.emit.triton_names import name_of
+from attncc.ir.types import DType, Kind
+from attncc.plan.nodes import ForwardPlan, KernelPlan, RowsPlan, TilesPlan
+
+TYPES = {
+    DType.BOOL: "i1",
+    DType.I32: "i32",
+    DType.I64: "i64",
+    DType.F16: "fp16",
+    DType.BF16: "bf16",
+    DType.F32: "fp32",
+    DType.F64: "fp64",
+}
+
+
+class Role(Enum):
+    """What a parameter is, as far as a variant of the kernel may treat it specially."""
+
+    OPERAND = "operand"  # pointer to q, k, v, o or a workspace: 16-byte aligned in aligned variants
+    OUTER_STRIDE = "outer stride"  # of a batch or head: whole 16-byte units in aligned variants
+    ROW_STRIDE = "row stride"  # the same; 64-bit in wide variants
+    LAST_STRIDE = "last stride"  # of a captured tensor: the constant 1 where `Variant.unit` says so
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A parameter: its name in the kernel, its type as Triton writes it, its role."""
+
+    name: str
+    type: str
+    role: Role = Role.OTHER
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What a compiled function takes for granted about the tensors of a call. Never a length.
+
+    aligned   operands start and their rows are spaced at multiples of 16 bytes
+    wide      a tile of rows may span 2**31 elements or more
+    unit      for each captured tensor that has axes, in order: its last axis is contiguous
+    """
+
+    aligned: bool
+    wide: bool
+    unit: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A function of a generated module and the compile-time constants that it is compiled with."""
+
+    name: str
+    fields: tuple[Field, ...]
+    constants: tuple[tuple[str, bool], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The name, told apart from that of the same function with other constants."""
+        return self.name + "".join(f"[{name}]" for name, value in self.constants if value)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return (*(field.name for field in self.fields), *(name for name, _ in self.constants))
+
+    def signature(self, variant: Variant) -> dict[str, str]:
+        """Types by parameter, as `triton.compiler.ASTSource` takes them."""
+        unit = iter(variant.unit)
+        types: dict[str, str] = {}
+        for field in self.fields:
+            match field.role:
+                case Role.ROW_STRIDE:
+                    types[field.name] = "i64" if variant.wide else "i32"
+                case Role.LAST_STRIDE:
+                    types[field.name] = "constexpr" if next(unit) else field.type
+                case Role.OPERAND | Role.OUTER_STRIDE | Role.OTHER:
+                    types[field.name] = field.type
+                case _:
+                    assert_never(field.role)
+        return {**types, **{name: "constexpr" for name, _ in self.constants}}
+
+    def constexprs(self, variant: Variant) -> dict[str, int | bool]:
+        """Values of the compile-time parameters."""
+        last = [field.name for field in self.fields if field.role is Role.LAST_STRIDE]
+        units = {name: 1 for name, is_unit in zip(last, variant.unit, strict=True) if is_unit}
+        return {**units, **dict(self.constants)}
+
+    def divisors(self, variant: Variant, itemsize: int) -> dict[str, int]:
+        """Known divisors by parameter: of an address in bytes, of a stride in elements."""
+        if not variant.aligned:
+            return {}
+        by_role = {Role.OPERAND: 16, Role.OUTER_STRIDE: 16 // itemsize, Role.ROW_STRIDE: 16 // itemsize}
+        return {field.name: by_role[field.role] for field in self.fields if by_role.get(field.role, 1) > 1}
+
+
+def functions_of(plan: KernelPlan) -> tuple[Function, ...]:
+    """The functions of the module that `plan` renders to, in the order of launch."""
+    match plan:
+        case ForwardPlan():
+            return (Function(plan.name, tuple(_forward_fields(plan))),)
+        case RowsPlan():
+            return (Function(plan.name, tuple(_rows_fields(plan))),)
+        case TilesPlan():
+            return tuple(_tiles_functions(plan))
+        case _:
+            assert_never(plan)
+
+
+def itemsize_of(plan: KernelPlan) -> int:
+    """Bytes of an element of the operands; 16 for tables, which have none."""
+    return 16 if isinstance(plan, TilesPlan) else plan.dtype.bytes
+
+
+def _forward_fields(plan: ForwardPlan) -> Iterator[Field]:
+    pointer = f"*{TYPES[plan.dtype]}"
+    yield from (Field(name, pointer, Role.OPERAND) for name in "qkvo")
+    if plan.normalizer != "none":
+        yield Field("lse", "*fp64" if plan.dtype is DType.F64 else "*fp32")
+    for operand, row in zip("qkvo", "mnnm", strict=True):
+        yield Field(f"stride_{operand}b", "i64", Role.OUTER_STRIDE)
+        yield Field(f"stride_{operand}h", "i64", Role.OUTER_STRIDE)
+        yield Field(f"stride_{operand}{row}", "i32", Role.ROW_STRIDE)
+    yield from _sizes("heads_per_section")
+    yield from _captured(plan)
+    yield from _summaries(plan)
+    if plan.blocks.strategy == "list":
+        yield Field("list_offsets", "*i32")
+        yield Field("list_tiles", "*i32")
+        yield Field("list_stride_b", "i32")
+        yield Field("list_stride_h", "i32")
+
+
+def _rows_fields(plan: RowsPlan) -> Iterator[Field]:
+    pointer = f"*{TYPES[plan.dtype]}"
+    yield from (Field(name, pointer, Role.OPERAND) for name in ("x", "out"))
+    yield Field("stride_xb", "i64", Role.OUTER_STRIDE)
+    yield Field("stride_xh", "i64", Role.OUTER_STRIDE)
+    yield Field("stride_xr", "i32", Role.ROW_STRIDE)
+    yield from _sizes()
+    yield from _captured(plan)
+
+
+def _tiles_functions(plan: TilesPlan) -> Iterator[Function]:
+    dtypes = {tensor.name: tensor.dtype for tensor in plan.tensors}
+    for number, summary in enumerate(plan.blocks.summaries):
+        table = Field("table", f"*{TYPES[dtypes[summary.load.tensor]]}")
+        yield Function(f"{plan.name}_summary_{number}", (table, *_sizes("heads"), *_captured(plan)))
+    if plan.blocks.strategy == "list":
+        lists = tuple(Field(name, "*i32") for name in ("list_counts", "list_offsets", "list_tiles"))
+        fields = (*lists, *_sizes("heads"), *_captured(plan), *_summaries(plan))
+        yield from (Function(f"{plan.name}_list", fields, (("WRITE", write),)) for write in (False, True))
+
+
+def _sizes(*more: str) -> Iterable[Field]:
+    return (Field(name, "i32") for name in ("B", "H", "HKV", "M", "N", "q_offset", *more))
+
+
+def _captured(plan: KernelPlan) -> Iterator[Field]:
+    double = isinstance(plan, TilesPlan) and any(t.dtype is DType.F64 for t in plan.tensors)
+    double = double or (not isinstance(plan, TilesPlan) and plan.dtype is DType.F64)
+    for tensor in plan.tensors:
+        name = name_of(tensor.name)
+        yield Field(name, f"*{TYPES[tensor.dtype]}")
+        for axis in range(tensor.rank):
+            role = Role.LAST_STRIDE if axis == tensor.rank - 1 else Role.OTHER
+            yield Field(f"{name}_size_{axis}", "i32")
+            yield Field(f"{name}_stride_{axis}", "i64", role)
+    kinds = {Kind.BOOL: "i1", Kind.INT: "i32", Kind.FLOAT: "fp64" if double else "fp32"}
+    yield from (Field(name_of(scalar.name), kinds[scalar.kind]) for scalar in plan.scalars)
+
+
+def _summaries(plan: ForwardPlan | TilesPlan) -> Iterator[Field]:
+    dtypes = {tensor.name: tensor.dtype for tensor in plan.tensors}
+    for number, summary in enumerate(plan.blocks.summaries):
+        yield Field(f"summary_{number}", f"*{TYPES[dtypes[summary.load.tensor]]}")
+        yield Field(f"summary_{number}_stride_b", "i32")
+        yield Field(f"summary_{number}_stride_h", "i32")

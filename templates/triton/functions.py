@@ -1,0 +1,180 @@
+"""Builtins that Triton has no function for, or whose own differs from the language's.
+
+A kernel gets a copy of those that it calls. They are written in plain Triton, without the device libraries, so that
+they run on every target and in the interpreter. `FLOAT` is the type that the kernel computes in; `EXACT` says that the
+inputs are as precise as that type, so that the last bits matter.
+"""
+
+import triton
+import triton.language as tl
+
+FLOAT = tl.constexpr(tl.float32)
+EXACT = tl.constexpr(True)
+
+
+@triton.jit
+def attn_clamp(index, size):
+    """The index, moved into [0, size)."""
+    return tl.maximum(tl.minimum(index, size - 1), 0)
+
+
+@triton.jit
+def attn_floordiv(x, y):
+    """x // y, rounded down (Triton's rounds towards zero); 0 where y is 0."""
+    divisor = tl.where(y == 0, 1, y)
+    quotient = x // divisor
+    rest = x - quotient * divisor
+    quotient = tl.where((rest != 0) & ((rest < 0) != (divisor < 0)), quotient - 1, quotient)
+    return tl.where(y == 0, 0, quotient)
+
+
+@triton.jit
+def attn_mod(x, y):
+    """x % y with the sign of y (Triton's has that of x); 0 where y is 0."""
+    divisor = tl.where(y == 0, 1, y)
+    rest = x % divisor
+    rest = tl.where((rest != 0) & ((rest < 0) != (divisor < 0)), rest + divisor, rest)
+    return tl.where(y == 0, 0, rest)
+
+
+@triton.jit
+def attn_min(x, y):
+    """The smaller; NaN if either is."""
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def attn_max(x, y):
+    """The greater; NaN if either is."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def attn_sign(x):
+    return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
+
+
+@triton.jit
+def attn_relu(x):
+    return tl.where(x < 0, 0, x)
+
+
+@triton.jit
+def attn_pow(x, y):
+    """x ** y. A negative x asks for a whole y."""
+    size = tl.exp2(y * tl.log2(tl.abs(x)))
+    size = tl.where(y == 0, 1.0, size)
+    odd = y - 2.0 * tl.floor(y * 0.5) == 1.0
+    signed = tl.where(odd, -size, size)
+    signed = tl.where(y == tl.floor(y), signed, float("nan"))
+    return tl.where(x < 0, signed, size)
+
+
+@triton.jit
+def attn_log1p(x):
+    """log(1 + x): the rounding error of 1 + x, known from what came out, is divided out again."""
+    y = 1.0 + x
+    exact = tl.log(y) * (x / (y - 1.0))
+    return tl.where(y == 1.0, x, tl.where(y == float("inf"), y, exact))
+
+
+@triton.jit
+def attn_tanh(x):
+    """By exp(-2|x|), which cannot overflow; near 0, where that loses digits, by the series."""
+    size = tl.abs(x)
+    e = tl.exp(-2.0 * size)
+    t = (1.0 - e) / (1.0 + e)
+    t = tl.where(x < 0, -t, t)
+    if EXACT:
+        z = x * x
+        series = 3.5921280365724810e-3
+        series = series * z - 8.8632355299021966e-3
+        series = series * z + 2.1869488536155203e-2
+        series = series * z - 5.3968253968253968e-2
+        series = series * z + 0.13333333333333333
+        series = series * z - 0.33333333333333333
+        t = tl.where(size < 0.125, x + x * z * series, t)
+    return t
+
+
+@triton.jit
+def attn_sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def attn_silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def attn_gelu(x):
+    return 0.5 * x * (1.0 + tl.erf(x * 0.70710678118654752))
+
+
+@triton.jit
+def attn_elu(x):
+    return tl.where(x > 0, x, tl.exp(tl.minimum(x, 0.0)) - 1.0)
+
+
+@triton.jit
+def attn_softplus(x):
+    return attn_max(x, 0.0) + attn_log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def attn_round(x):
+    """To the nearest whole number, ties to even."""
+    below = tl.floor(x)
+    rest = x - below
+    odd = below - 2.0 * tl.floor(below * 0.5) == 1.0
+    return tl.where((rest > 0.5) | ((rest == 0.5) & odd), below + 1.0, below)
+
+
+@triton.jit
+def attn_shl(x, count):
+    """x << count in 64 bits; counts are clamped to 0..63."""
+    return tl.cast(x, tl.int64) << tl.maximum(tl.minimum(count, 63), 0)
+
+
+@triton.jit
+def attn_shr(x, count):
+    """x >> count in 64 bits, keeping the sign; counts are clamped to 0..63."""
+    return tl.cast(x, tl.int64) >> tl.maximum(tl.minimum(count, 63), 0)
+
+
+@triton.jit
+def attn_popcount(x):
+    """Set bits of |x|, by sums over pairs, nibbles and bytes."""
+    bits = tl.abs(tl.cast(x, tl.int64))
+    bits = bits - ((bits >> 1) & 0x5555555555555555)
+    bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F0F0F0F0F
+    bits = bits + (bits >> 8)
+    bits = bits + (bits >> 16)
+    bits = bits + (bits >> 32)
+    return (bits & 0x7F).to(tl.int32)
+
+
+@triton.jit
+def attn_bit_length(x):
+    """Bits needed for |x|: those below the highest one are set first."""
+    bits = tl.abs(tl.cast(x, tl.int64))
+    bits = bits | (bits >> 1)
+    bits = bits | (bits >> 2)
+    bits = bits | (bits >> 4)
+    bits = bits | (bits >> 8)
+    bits = bits | (bits >> 16)
+    bits = bits | (bits >> 32)
+    return attn_popcount(bits)
+
+
+@triton.jit
+def attn_to_int(x):
+    """Without its fraction and within 2**30 either way; 0 for NaN; 0 or 1 for a bool."""
+    if x.dtype == tl.int1:
+        whole = x.to(tl.int32)
+    else:
+        bounded = tl.minimum(tl.maximum(x, -1073741824.0), 1073741824.0)
+        whole = tl.where(x == x, bounded, 0.0).to(tl.int32)
+    return whole
