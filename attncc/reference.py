@@ -47,9 +47,7 @@ class OutOfRange(IndexError):
     at      the coordinates of the read: b, h, and q_row, q_idx, kv_idx, d where they matter
     """
 
-    def __init__(
-        self, span: Span | None, tensor: str, axis: int, index: int, size: int, at: Mapping[str, int]
-    ) -> None:
+    def __init__(self, span: Span | None, tensor: str, axis: int, index: int, size: int, at: Mapping[str, int]) -> None:
         self.span, self.tensor, self.axis, self.index, self.size, self.at = span, tensor, axis, index, size, dict(at)
         place = ", ".join(f"{name} = {value}" for name, value in self.at.items())
         where = f"{span}: " if span is not None else ""
@@ -121,9 +119,7 @@ def value(expr: Expr, scope: Scope, active: Tensor = TRUE) -> Tensor:
             return scope.holes[name]
         case Apply(op="where", args=(condition, then, otherwise)):
             chosen = value(condition, scope, active)
-            return torch.where(
-                chosen, value(then, scope, active & chosen), value(otherwise, scope, active & ~chosen)
-            )
+            return torch.where(chosen, value(then, scope, active & chosen), value(otherwise, scope, active & ~chosen))
         case Apply(op="and", args=(left, right)):
             first = value(left, scope, active)
             return first & value(right, scope, active & first)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attncc.diagnostics import AttnError
 from attncc.eager import eager
+from attncc.error_rule import compare
 from attncc.inputs import captured_tensors, operands
 from attncc.ir.nodes import Attention, Elementwise, Load, ScalarParameter
 from attncc.ir.rewrite import walk
@@ -33,10 +34,6 @@ DTYPES = {
 
 # A kernel is compiled per pair of widths: few of them, each of another kind (tiny, odd, unequal, usual).
 WIDTHS = ((8, 8), (1, 3), (7, 5), (40, 24), (64, 64))
-
-# Beside twice the error of the plain formula, so many units in the last place: on a small case that one is exact by
-# luck.
-_ULPS = {torch.float64: 16, torch.float32: 16, torch.float16: 2, torch.bfloat16: 2}
 
 _KERNEL = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -164,33 +161,6 @@ def _try(attention: Attention, kernel: _KERNEL, case: Case, report: Report) -> s
         # The plain formula's lse has the rounding of its scores, of which a kernel makes none.
         message = compare("lse", lse, oracle[1], oracle[1].to(q.dtype))
     return message
-
-
-def compare(name: str, found: Tensor, oracle: Tensor, plain: Tensor) -> str | None:
-    """The error rule: no more than twice the error of the plain formula in the same type, and a few units in the last
-    place. What is wrong, or None."""
-    if found.shape != oracle.shape:
-        return f"{name} has shape {tuple(found.shape)}, not {tuple(oracle.shape)}"
-    wide = found.double()
-    finite = oracle.isfinite()
-    odd = (wide.isnan() != oracle.isnan()) | (~finite & ~oracle.isnan() & (wide != oracle))
-    if odd.any():
-        at = odd.nonzero()[0].tolist()
-        return f"{name}{at} is {wide[tuple(at)]:g}, not {oracle[tuple(at)]:g}"
-    if not finite.any():
-        return None
-    error = (wide - oracle).abs().where(finite, 0.0)
-    plain_error = (plain.double() - oracle).abs().where(finite, 0.0).nan_to_num(nan=0.0, posinf=0.0).max()
-    largest = oracle[finite].abs().max()
-    info = torch.finfo(found.dtype)
-    allowed = 2 * plain_error + _ULPS[found.dtype] * info.eps * largest.clamp(min=info.smallest_normal)
-    if error.max() <= allowed:
-        return None
-    at = (error == error.max()).nonzero()[0].tolist()
-    return (
-        f"{name}{at} is {wide[tuple(at)]:g}, not {oracle[tuple(at)]:g}: "
-        f"off by {error.max():.2e}, where the plain PyTorch formula is off by {plain_error:.2e} at most"
-    )
 
 
 @st.composite

@@ -1,10 +1,4 @@
-"""The error rule: how far a kernel may be from the float64 oracle.
-
-    max|out - ref64| <= 2 * max|plain - ref64| + ULPS[dtype] * ulp(max|ref64|)
-
-`plain` is the formula as a person would write it in eager PyTorch with tensors of the kernel's dtype, so the bound
-follows each variant's own conditioning. A few ulp are added because on a small case the plain formula is exact by
-luck. NaN must stand where the oracle has NaN, infinities must be equal.
+"""Assertions by the error rule (`attncc.error_rule`), and the plain formula that sets its standard.
 
 What the plain formula rounds, and where (eager PyTorch's own promotion does all of it):
   * q, k, v keep the input dtype: products accumulate inside matmul and come out rounded; so do row transforms
@@ -23,10 +17,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from attncc.error_rule import compare
 from attncc.ir.nodes import Attention, Elementwise, Expr, RowName, Softmax, Sum
 from attncc.reference import Scope, evaluate, value
-
-ULPS: dict[torch.dtype, int] = {torch.float64: 16, torch.float32: 16, torch.float16: 2, torch.bfloat16: 2}
 
 
 def check_kernel(
@@ -62,39 +55,8 @@ def assert_close(
 
 def check_tensor(name: str, found: Tensor, reference: Tensor, plain: Tensor) -> None:
     """Assert that `found` is as close to `reference` as the rule asks, given the `plain` formula's result."""
-    assert found.shape == reference.shape, f"{name}: shape {tuple(found.shape)}, expected {tuple(reference.shape)}"
-    found64 = found.detach().cpu().double()
-    finite = reference.isfinite()
-    special = ~finite
-    if not torch.equal(found64.isnan(), reference.isnan()):
-        raise AssertionError(f"{name}: NaN at other places than in the reference: {_first(found64.isnan(), reference)}")
-    wrong = special & ~reference.isnan() & (found64 != reference)
-    if wrong.any():
-        raise AssertionError(f"{name}: {_first(wrong, reference)}: {found64[wrong][0]}, expected {reference[wrong][0]}")
-    if not finite.any():
-        return
-    error = (found64 - reference).abs().where(finite, 0)
-    plain_error = (plain.double() - reference).abs().where(finite, 0).nan_to_num(nan=0.0, posinf=0.0)
-    allowed = 2 * plain_error.max() + ULPS[found.dtype] * _ulp(reference[finite].abs().max(), found.dtype)
-    if not error.max() <= allowed:
-        place = tuple(int(i) for i in (error == error.max()).nonzero()[0]) if error.max() == error.max() else ()
-        raise AssertionError(
-            f"{name}{list(place)}: {found64[place]}, expected {reference[place]}: error {error.max():.3e}, "
-            f"allowed {allowed:.3e} (plain formula in {found.dtype}: {plain_error.max():.3e})"
-        )
-
-
-def _ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
-    """Spacing of `dtype` at `magnitude`, no finer than at the smallest normal number."""
-    info = torch.finfo(dtype)
-    exponent = torch.floor(torch.log2(magnitude.clamp(min=info.smallest_normal)))
-    return info.eps * torch.exp2(exponent)
-
-
-def _first(wrong: Tensor, reference: Tensor) -> str:
-    """Where `wrong` first holds, or else where `reference` first is NaN."""
-    places = (wrong if wrong.any() else reference.isnan()).nonzero()
-    return f"at {places[0].tolist()}, {len(places)} in all"
+    message = compare(name, found.cpu(), reference, plain)
+    assert message is None, message
 
 
 def same_dtype_formula(

@@ -228,5 +228,3 @@ def int_where(c: Bounds, x: Bounds, y: Bounds) -> Bounds:
 def float_where(c: Bounds, x: Bounds, y: Bounds) -> Bounds | None:
     """Where the condition is a point. (`min` of the branches would lose a NaN on some targets.)"""
     return int_where(c, x, y) if is_point(c) else None
-
-

@@ -55,9 +55,7 @@ _OR, _AND, _NOT, _COMPARE, _BIT_OR, _BIT_XOR, _BIT_AND, _SHIFT, _SUM, _PRODUCT, 
 _INFIX = {
     **_left_associative(_OR, ("or", "or")),
     **_left_associative(_AND, ("and", "and")),
-    **_standing_alone(
-        _COMPARE, ("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">="), ("eq", "=="), ("ne", "!=")
-    ),
+    **_standing_alone(_COMPARE, ("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">="), ("eq", "=="), ("ne", "!=")),
     **_left_associative(_BIT_OR, ("bit_or", "|")),
     **_left_associative(_BIT_XOR, ("bit_xor", "^")),
     **_left_associative(_BIT_AND, ("bit_and", "&")),

@@ -3,7 +3,7 @@
 Before: score = where(true, qk * 1.0, 0.0)     mask = not (kv_idx > q_idx) and 64 // 8 > (N + 1) - N
 After:  score = qk                             mask = kv_idx <= q_idx
 
-What an expression evaluates to never changes; see `simplify_rules` for what that means of floats.
+What an expression evaluates to never changes; see `simplify_arithmetic` for what that means of floats.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ import torch
 from attncc.ir.nodes import Apply, Attention, Constant, Expr
 from attncc.ir.operators import OPERATORS
 from attncc.ir.rewrite import map_children, map_clauses
-from attncc.passes.simplify_rules import RULES
+from attncc.passes.simplify_arithmetic import ARITHMETIC
+from attncc.passes.simplify_logic import LOGIC
+
+_RULES = {**ARITHMETIC, **LOGIC}
 
 
 def simplify(attention: Attention) -> Attention:
@@ -30,8 +33,8 @@ def simplify_expr(expr: Expr) -> Expr:
     if not isinstance(expr, Apply):
         return expr
     result = _folded(expr)
-    if result is None and expr.op in RULES:
-        result = RULES[expr.op](*expr.args)
+    if result is None and expr.op in _RULES:
+        result = _RULES[expr.op](*expr.args)
     if result is None:
         return expr
     if isinstance(result, Apply | Constant) and result.span is None:
