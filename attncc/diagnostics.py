@@ -1,6 +1,7 @@
 """Errors that a user can cause: what they say, where they point, and how they look.
 
-To add an error kind, declare one frozen dataclass in a module named `errors.py` of the package that raises it:
+To add an error kind, declare one frozen dataclass in a module named `errors.py` or `…_errors.py` of the package that
+raises it:
 
     @dataclass(frozen=True, slots=True)
     class WrongHeads(Diagnostic):
@@ -147,7 +148,7 @@ def all_kinds() -> dict[str, type[Diagnostic]]:
     import attncc
 
     for module in pkgutil.walk_packages(attncc.__path__, "attncc."):
-        if module.name.rsplit(".", 1)[-1] == "errors":
+        if module.name.endswith("errors"):
             importlib.import_module(module.name)
     return dict(sorted(_KINDS.items()))
 

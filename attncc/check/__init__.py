@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from attncc.check import suggest
 from attncc.check.clauses import lower
 from attncc.check.definitions import check_definitions
-from attncc.check.errors import Duplicate, NoAttention, TooLarge, WhichAttention
+from attncc.check.limit_errors import TooLarge
 from attncc.check.modules import Module, load
+from attncc.check.name_errors import Duplicate, NoAttention, WhichAttention
 from attncc.check.reporter import Reporter
 from attncc.diagnostics import Label, SpecError
 from attncc.ir.nodes import Attention

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attncc.check.errors import WrongArguments
 from attncc.check.reporter import Reporter
+from attncc.check.type_errors import WrongArguments
 from attncc.syntax import nodes
 
 

@@ -7,23 +7,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from attncc.check import binding, suggest
-from attncc.check.errors import (
-    BadNormalize,
-    Duplicate,
-    LaterClause,
-    NeedsRow,
-    NotAvailable,
-    OtherRow,
-    ReservedName,
-    RowInPair,
-    RowSizes,
-    SoftmaxMisplaced,
-    UnknownClause,
-)
-from attncc.check.expressions import Evaluator, Failed, Scope
+from attncc.check.expressions import Evaluator, Scope
+from attncc.check.kinds import Failed
+from attncc.check.limit_errors import LaterClause, OtherRow, RowInPair
 from attncc.check.modules import Module
+from attncc.check.name_errors import Duplicate, NotAvailable, ReservedName, UnknownClause
 from attncc.check.parameters import Declarations
 from attncc.check.reporter import Reporter
+from attncc.check.type_errors import BadNormalize, NeedsRow, RowSizes, SoftmaxMisplaced
 from attncc.check.values import UNKNOWN, Unknown, Value, apply, constant, size_text, size_value
 from attncc.check.world import LATER_CLAUSES, ROWS, reserved
 from attncc.diagnostics import Label
@@ -280,7 +271,7 @@ class _Body:
             if isinstance(meaning, Unknown):
                 return None
             if not isinstance(meaning, Value) or meaning.expr not in right:
-                hint = f"put it into the score: `score = {_readable(argument.span.text)}`, and write `weight = softmax(score)`"
+                hint = f"write `score = {_readable(argument.span.text)}` and `weight = softmax(score)`"
                 self.reporter.report(
                     SoftmaxMisplaced(argument.span, "the softmax of a row is that of its `score`", hint)
                 )
@@ -328,12 +319,12 @@ class _Body:
         seen: set[tuple[type, str]] = set()
         for leaf in _shared_walk(expr):
             name = getattr(leaf, "name", None) or getattr(leaf, "row", "")
-            if (type(leaf), name) in seen:
-                continue
             diagnostic = _blind_spot(leaf, clause, sight, leaf.span or span)
-            if diagnostic is None:
+            # Each name once, and of a computation with rows its outermost part only.
+            key = (type(diagnostic), "" if isinstance(diagnostic, RowInPair) else name)
+            if diagnostic is None or key in seen:
                 continue
-            seen.add((type(leaf), name))
+            seen.add(key)
             place = diagnostic.span
             if place is not None and not (place.source is span.source and span.start <= place.start < span.end):
                 related = (Label(span, f"`{clause}` reads it here"),)
@@ -359,7 +350,9 @@ def _blind_spot(leaf: Expr, clause: str, sight: Sight, span: Span) -> NotAvailab
             hint = "`qk` is `scale * dot(q, k)`; transform the rows with `q = …` and `k = …`"
             return RowInPair(span, clause, f"the row `{row}`", hint)
         case Reduce() if not sight.row:
-            hint = "compute the reduction before the call and pass it as a tensor, or transform `q` and `k`"
+            hint = "compute it before the call and pass it as a tensor"
+            if any(isinstance(part, Element) for part in _shared_walk(leaf)):
+                hint = "`qk` is `scale * dot(q, k)`; transform the rows with `q = …` and `k = …`"
             return RowInPair(span, clause, "a reduction over a row", hint)
         case _:
             return None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from attncc.check import suggest
-from attncc.check.errors import UnknownFunction, UnknownName
 from attncc.check.expressions import Scope
 from attncc.check.functions import is_builtin
 from attncc.check.modules import Module
+from attncc.check.name_errors import UnknownFunction, UnknownName
 from attncc.check.reporter import Reporter
 from attncc.check.values import UNKNOWN
 from attncc.check.world import WORLD

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from attncc.check.errors import Duplicate, RecursiveDefine, ReservedName, UnreadableFile
 from attncc.check.functions import is_builtin
+from attncc.check.name_errors import Duplicate, RecursiveDefine, ReservedName, UnreadableFile
 from attncc.check.reporter import Reporter
 from attncc.check.world import WORLD
 from attncc.diagnostics import Label, SpecError
@@ -75,6 +75,8 @@ class _Loader:
     def _declare(self, module: Module, define: nodes.Define) -> None:
         if define.name in WORLD or is_builtin(define.name):
             self.reporter.report(ReservedName(define.name_span, define.name, "this name has a meaning of its own"))
+            # Its uses are not to blame.
+            module.defines[define.name] = define
         elif define.name in module.defines:
             first = Label(module.defines[define.name].name_span, "the first one")
             mend = "remove one of them, or give it another name"

@@ -9,18 +9,11 @@ from collections.abc import Mapping
 from typing import TypeAlias
 
 from attncc.check import suggest
-from attncc.check.errors import (
-    BadConstant,
-    BadDefault,
-    BadShape,
-    BadType,
-    Duplicate,
-    MissingConstant,
-    ReservedName,
-    UnknownConstant,
-)
-from attncc.check.expressions import KIND_NAMES, Evaluator, is_static
+from attncc.check.expressions import Evaluator
+from attncc.check.kinds import KIND_NAMES, is_static
+from attncc.check.name_errors import Duplicate, MissingConstant, ReservedName, UnknownConstant
 from attncc.check.reporter import Reporter
+from attncc.check.type_errors import BadConstant, BadDefault, BadShape, BadType
 from attncc.check.values import UNKNOWN, Tensor, Unknown, Value, constant
 from attncc.check.world import reserved
 from attncc.diagnostics import Label
@@ -155,7 +148,7 @@ class Declarations:
         name = parameter.type.name
         what = "a constant" if parameter.const else "a scalar"
         if parameter.type.shape is not None:
-            hint = f"write `{parameter.name}: {name}{parameter.type.span.text[len(name) :]}`: tensors are given at each call"
+            hint = f"write `{parameter.name}: {parameter.type.span.text}`: tensors are given at each call"
             self.reporter.report(BadType(parameter.type.span, "a tensor cannot be a constant", hint))
             return None
         if name in SCALAR_KINDS:

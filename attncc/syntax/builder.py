@@ -63,13 +63,16 @@ class Builder:
 
     def _attention(self, tree: Tree[Any]) -> nodes.Attention:
         name, parameters, doc, *body = tree.children
+        colon = self.source.text.index(":", parameters.meta.end_pos) + 1
         return nodes.Attention(
             str(name),
             tuple(self._parameter(child) for child in parameters.children if child is not None),
-            None if doc is None else inspect.cleandoc(str(doc.children[0])[3:-3]).strip(),
+            None if doc is None else clean_doc(str(doc.children[0])[3:-3]),
             tuple(self._statement(child) for child in body if child.data != "broken"),
             span=self._line_span(tree),
             name_span=self._span(name),
+            header_span=Span(self.source, tree.meta.start_pos, colon),
+            doc_span=None if doc is None else self._span(doc.children[0]),
         )
 
     def _parameter(self, tree: Tree[Any]) -> nodes.Parameter:
@@ -98,6 +101,7 @@ class Builder:
                 keyword: Token = tree.children[0]
                 column = self.source.position(span.start)[1] - 1
                 text = textwrap.dedent(" " * column + span.text)
+                text = "\n".join(line.rstrip() for line in text.split("\n"))
                 return nodes.Later(str(keyword), text, span, self._span(keyword))
 
     def expression(self, tree: Tree[Any], depth: int = 0) -> nodes.Expression:
@@ -193,8 +197,13 @@ class Builder:
         return Span(self.source, tree.meta.start_pos, tree.meta.end_pos)
 
     def _line_span(self, tree: Tree[Any]) -> Span:
-        """The span of a statement or a definition, without the line break, the comments and the blank lines after it."""
+        """The span of a statement or a definition, without the line break and whatever blank comes after it."""
         return Span(self.source, tree.meta.start_pos, _end(tree))
+
+
+def clean_doc(text: str) -> str:
+    """A docstring without its indentation, blank lines around it, and white space at the ends of lines."""
+    return "\n".join(line.rstrip() for line in inspect.cleandoc(text).strip().split("\n"))
 
 
 # Trees that hold whole lines, so that their own extent reaches over the line break at their end.

@@ -13,8 +13,8 @@ class Unexpected(Diagnostic):
     title = "unexpected {found}"
     label = "expected {expected}"
     explanation = (
-        "The text does not follow the grammar at this place. The label lists what could stand here. One clause stands "
-        "on one line, unless brackets hold it together over several."
+        "The text does not follow the grammar at this place. The label lists what could stand here. One clause "
+        "stands on one line, unless brackets hold it together over several."
     )
     bad = "attention full():\n    score = qk +\n"
     good = "attention full():\n    score = qk + 1.0\n"
@@ -50,8 +50,8 @@ class BadIndentation(Diagnostic):
     label = "{where}"
     help = "{mend}"
     explanation = (
-        "Layout is Python's: the clauses of an attention are indented under its first line, all by the same number of "
-        "spaces. Tabs do not indent, since their width is a matter of taste."
+        "Layout is Python's: the clauses of an attention are indented under its first line, all by the same number"
+        " of spaces. Tabs do not indent, since their width is a matter of taste."
     )
     bad = "attention full():\n    score = qk\n      mask = causal\n"
     good = "attention full():\n    score = qk\n    mask = causal\n"
@@ -67,7 +67,10 @@ class UnclosedBracket(Diagnostic):
     title = "`{bracket}` is never closed"
     label = "opened here"
     help = "close it with `{closing}`"
-    explanation = "Every bracket needs its partner. Inside brackets a line break means nothing, so the rest of the file belongs to it."
+    explanation = (
+        "Every bracket needs its partner. Inside brackets a line break means nothing, so the rest of the file "
+        "belongs to it."
+    )
     bad = "attention capped():\n    score = 50.0 * tanh(qk / 50.0\n    mask = causal\n"
     good = "attention capped():\n    score = 50.0 * tanh(qk / 50.0)\n    mask = causal\n"
 
@@ -106,8 +109,8 @@ class ForeignOperator(Diagnostic):
     label = "written as in another language"
     help = "write `{ours}`"
     explanation = (
-        "Operators are Python's: `and`, `or`, `not`, `x if c else y`. The operators `&`, `|`, `^` and `~` are those on "
-        "the bits of ints."
+        "Operators are Python's: `and`, `or`, `not`, `x if c else y`. The operators `&`, `|`, `^` and `~` are "
+        "those on the bits of ints."
     )
     bad = "attention window():\n    mask = causal && q_idx - kv_idx < 8\n"
     good = "attention window():\n    mask = causal and q_idx - kv_idx < 8\n"
@@ -136,8 +139,8 @@ class MissingType(Diagnostic):
     label = "expected `: TYPE` after this"
     help = "write `{name}: int`, `{name}: float` or a tensor such as `{name}: float[H]`"
     explanation = (
-        "Every parameter says what it is: a run-time scalar `window: int`, a compile-time constant `block: const int`, "
-        "or a tensor with its shape `bias: float[H, M, N]`."
+        "Every parameter says what it is: a run-time scalar `window: int`, a compile-time constant `block: const "
+        "int`, or a tensor with its shape `bias: float[H, M, N]`."
     )
     bad = "attention sliding(window):\n    mask = window(window)\n"
     good = "attention sliding(window: int):\n    mask = window(window)\n"
@@ -165,8 +168,8 @@ class NotAnItem(Diagnostic):
     label = "expected `attention`, `define` or `use`"
     help = "{hint}"
     explanation = (
-        'A file holds `use "other.attn"` lines, `define name(parameters) = expression` lines and '
-        "`attention name(parameters):` with its indented clauses."
+        'A file holds `use "other.attn"` lines, `define name(parameters) = expression` lines and `attention '
+        "name(parameters):` with its indented clauses."
     )
     bad = "attention full():\n    score = qk\nmask = causal\n"
     good = "attention full():\n    score = qk\n    mask = causal\n"
@@ -181,8 +184,8 @@ class BadNumber(Diagnostic):
     title = "`{text}` is no number"
     label = "{problem}"
     explanation = (
-        "Numbers are written as in Python: `64`, `1_000`, `0x1f`, `0.5`, `1e-6`. Ints have 64 bits; floats must be finite "
-        "(`inf` is a name of its own)."
+        "Numbers are written as in Python: `64`, `1_000`, `0x1f`, `0.5`, `1e-6`. Ints have 64 bits; floats must be"
+        " finite (`inf` is a name of its own)."
     )
     bad = "attention full():\n    score = qk + 1e999\n"
     good = "attention full():\n    score = qk + 1e99\n"
@@ -212,8 +215,8 @@ class TooDeep(Diagnostic):
     label = "the whole expression"
     help = "name parts of it with `let`"
     explanation = (
-        "Expressions may be nested up to a fixed depth, which nothing that a person writes comes near. In a generated "
-        "spec, name parts with `let`, or read a table from a tensor."
+        "Expressions may be nested up to a fixed depth, which nothing that a person writes comes near. In a "
+        "generated spec, name parts with `let`, or read a table from a tensor."
     )
     bad = f"attention deep():\n    score = {'-' * 130}qk\n"
     good = "attention deep():\n    score = -qk\n"

@@ -202,7 +202,10 @@ Statement: TypeAlias = Clause | Let | Later
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """`attention name(parameters):` and its clauses; `doc` without its indentation, None where there is none."""
+    """`attention name(parameters):` and its clauses; `doc` without its indentation, None where there is none.
+
+    `header_span` reaches to the colon.
+    """
 
     name: str
     parameters: tuple[Parameter, ...]
@@ -210,6 +213,8 @@ class Attention:
     body: tuple[Statement, ...]
     span: Span = _span()
     name_span: Span = _span()
+    header_span: Span = _span()
+    doc_span: Span | None = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

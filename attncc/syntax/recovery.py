@@ -259,7 +259,7 @@ class _Place:
         line = self.text[self.position :].split("\n", 1)[0]
         near = difflib.get_close_matches(self.word, ITEMS, n=1)
         if self.word == "def":
-            hint = "write `attention NAME(PARAMETERS):` for a variant, `define NAME(PARAMETERS) = EXPRESSION` for a function"
+            hint = "write `attention NAME(PARAMETERS):`, or `define NAME(PARAMETERS) = EXPRESSION` for a function"
         elif near:
             hint = f"did you mean `{near[0]}`?"
         elif re.match(r"(let\s+)?\w+\s*=|\"\"\"|(recurrence|select|sort|branch)\b", line):
@@ -290,14 +290,14 @@ class _Place:
             return "a clause has no parameters: use names such as `q_idx` and `qk` directly"
         if self.token == "NAME" and self.before.endswith(("define", "attention")):
             return ""
+        if self.token == "LPAR" and re.search(r"\.\w+$", self.before):
+            return "functions are called by their bare names, such as `tanh(x)`"
         if self.expected & _OPERATORS and self.token in _EXPRESSION_START:
             if self.text[self.position - 1 : self.position].isdigit():
                 return "a name cannot start with a digit; a product needs `*`"
             return "is an operator missing before it?"
         if "ELSE" in self.expected and "if" in self.before.split():
             return "a choice is written `x if condition else y`"
-        if self.word == ";":
-            return "write one clause per line"
         return ""
 
     def _character_hint(self) -> str:
