@@ -8,6 +8,7 @@ can reach a result or a gradient. Differentiable by torch autograd.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import assert_never
 
@@ -193,6 +194,19 @@ def evaluate(
     not summed (`Elementwise`). `inputs`: captured tensors and scalars by name; scalars left out take their defaults.
     Raises `OutOfRange` for a read outside its tensor at a kept pair; what masked pairs read is never looked at.
     """
+    # Index tensors are made where the operands are.
+    with nullcontext() if q.device.type == "cpu" else q.device:
+        return _evaluate(attention, q, k, v, inputs, q_offset)
+
+
+def _evaluate(
+    attention: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: Mapping[str, Tensor | bool | float],
+    q_offset: int | None,
+) -> tuple[Tensor, Tensor | None]:
     batch, heads, rows, width_qk = q.shape
     heads_kv, keys = k.shape[1:3]
     offset = keys - rows if q_offset is None else q_offset

@@ -33,6 +33,8 @@ def check_kernel(
     q_offset: int | None = None,
 ) -> None:
     """Assert that a kernel's `out` (and `lse`, if given) is what `attention` means, by the error rule."""
+    q, k, v = (x.detach().cpu() for x in (q, k, v))
+    inputs = {name: x.detach().cpu() if isinstance(x, Tensor) else x for name, x in inputs.items()}
     reference = evaluate(attention, q, k, v, inputs, q_offset)
     assert_close(out, lse, reference, same_dtype_formula(attention, q, k, v, inputs, q_offset))
 

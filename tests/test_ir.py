@@ -138,9 +138,7 @@ def test_substitution_respects_what_a_reduction_binds() -> None:
     inner = op("mul", Element("q", D), op("to_float", D))
     expr = op("add", op("to_float", D), Reduce("sum", inner, Size("D")))
     assert substitute(expr, {D: W}) == op("add", op("to_float", W), Reduce("sum", inner, Size("D")))
-    assert substitute(expr, {Size("D"): Constant(8)}) == op(
-        "add", op("to_float", D), Reduce("sum", inner, Constant(8))
-    )
+    assert substitute(expr, {Size("D"): Constant(8)}) == op("add", op("to_float", D), Reduce("sum", inner, Constant(8)))
     reading = Reduce("sum", op("mul", Element("q", D), op("to_float", Q_IDX)), Size("D"))
     assert contains(substitute(reading, {Q_IDX: W}), lambda node: node == W)
     with pytest.raises(IRError, match="capture"):
@@ -188,7 +186,10 @@ def test_map_clauses_replaces_each() -> None:
         (op("pow", op("neg", QK), Constant(-2.0)), "(-qk) ** (-2.0)"),
         (op("pow", op("pow", QK, QK), op("pow", QK, QK)), "(qk ** qk) ** (qk ** qk)"),
         (op("eq", op("lt", Q_IDX, W), Constant(True)), "(q_idx < w) == true"),
-        (op("and", op("or", Constant(True), Constant(False)), op("not", op("lt", W, W))), "(true or false) and not w < w"),
+        (
+            op("and", op("or", Constant(True), Constant(False)), op("not", op("lt", W, W))),
+            "(true or false) and not w < w",
+        ),
         (op("not", op("and", Constant(True), Constant(False))), "not (true and false)"),
         (op("bit_and", op("bit_or", W, W), op("shl", W, Constant(1))), "(w | w) & w << 1"),
         (op("where", Constant(True), QK, Constant(float("-inf"))), "where(true, qk, -inf)"),
@@ -211,7 +212,11 @@ def test_text_of_an_attention() -> None:
         doc="Two lines:\nhere.",
         score=op("add", QK, BIAS),
         normalizer=Softmax(BIAS),
-        parameters=(*PLAIN.parameters, ScalarParameter("flag", Kind.BOOL, None), TensorParameter("x", (DType.F32,), ())),
+        parameters=(
+            *PLAIN.parameters,
+            ScalarParameter("flag", Kind.BOOL, None),
+            TensorParameter("x", (DType.F32,), ()),
+        ),
     )
     assert to_text(a) == (
         "attention plain(w: int = 4, bias: f16|bf16|f32|f64[H, M], ids: i32|i64[N], flag: bool, x: f32[])\n"
@@ -324,7 +329,10 @@ SCORE = Hole("score")
         ({"normalizer": Elementwise(TRUE)}, "weight: expected float, found bool"),
         ({"normalizer": Elementwise(op("to_float", D))}, "weight: `d` has no value here"),
         ({"score": Variable("x", Kind.FLOAT)}, "a Variable belongs to a plan"),
-        ({"mask": op("lt", Q_IDX, Summary("min", Load("ids", (KV_IDX,), Kind.INT), "kv"))}, "a Summary belongs to a plan"),
+        (
+            {"mask": op("lt", Q_IDX, Summary("min", Load("ids", (KV_IDX,), Kind.INT), "kv"))},
+            "a Summary belongs to a plan",
+        ),
         # Reductions.
         ({"q": Reduce("sum", ONE, Size("D"))}, "q: expected float, found int"),
         ({"q": Reduce("sum", Element("q", D), D)}, "size of a reduction: `d` has no value here"),

@@ -204,6 +204,7 @@ def test_interval_rules_are_sound(operator: Operator, overload: Signature, data:
 def test_points_stay_points(operator: Operator, overload: Signature) -> None:
     """Also where the operator has no rule."""
     expr = Constant(1)
-    assert operator.bounds(overload.arguments[-1], ((expr, expr),) * operator.arity) == (
-        Apply(operator.name, (expr,) * operator.arity),
-    ) * 2
+    assert (
+        operator.bounds(overload.arguments[-1], ((expr, expr),) * operator.arity)
+        == (Apply(operator.name, (expr,) * operator.arity),) * 2
+    )

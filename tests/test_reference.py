@@ -261,7 +261,7 @@ def test_a_masked_pair_reads_nothing() -> None:
     bias = torch.rand(7, dtype=torch.float64)
     masked = spec(parameters=WITH_BIAS, score=op("add", QK, BIAS), mask=CAUSAL)
     chosen = spec(parameters=WITH_BIAS, score=op("where", CAUSAL, op("add", QK, BIAS), Constant(-math.inf)))
-    distance = (torch.arange(7)[:, None] - torch.arange(7)[None, :])
+    distance = torch.arange(7)[:, None] - torch.arange(7)[None, :]
     scores = q @ grouped(k, 4).mT / math.sqrt(3) + bias[distance.clamp(0)]
     expected = scores.masked_fill(distance < 0, -torch.inf).softmax(-1) @ grouped(v, 4)
     for a in (masked, chosen):
