@@ -3,7 +3,8 @@
     text ─ read ─▶ Source ─ check ─▶ Attention ─ plan ─▶ Program ─ render ─▶ sources ─ compile ─▶ Executable
 
 `build` goes as far as the Attention; the rest waits for the first call, which tells what to specialize for: element
-types and head dimensions, never lengths, batch, heads or run-time scalars.
+types and head dimensions, never lengths, batch, heads or run-time scalars. Both halves are kept in the cache folder; what
+the second one needs (a template engine, the printers) is imported only when it has to run.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attncc.check import check_source
-from attncc.emit.render import render
-from attncc.emit.targets import printer_of
+from attncc.diagnostics import SpecError
+from attncc.emit.families import template_folders
+from attncc.errors import CannotReadSpec
 from attncc.ir.nodes import Attention
-from attncc.plan.build import plan_attention
-from attncc.plan.nodes import Program, Specialization, Target
+from attncc.plan.nodes import Specialization, Target
 from attncc.runtime import cache
-from attncc.runtime.call import CompiledAttention
+from attncc.runtime.call import CompiledAttention, Sources
 from attncc.source import Source
 
 
@@ -39,13 +40,14 @@ def build(
 
     Raises SpecError for a mistake in the specification, BuildError where no kernel can be made of it here.
     """
-    attention = check(spec, name=name, **constants)
-    return CompiledAttention(attention, target, tuple(Path(folder) for folder in templates), sources_of)
-
-
-def check(spec: str | Path, *, name: str | None = None, **constants: bool | int | float) -> Attention:
-    """Parses and checks a specification: the IR of one of its attentions. Arguments and errors as for `build`."""
     source = read(spec)
+    attention = check(source, name=name, **constants)
+    return CompiledAttention(attention, source.text, target, template_folders(templates), sources_of)
+
+
+def check(spec: str | Path | Source, *, name: str | None = None, **constants: bool | int | float) -> Attention:
+    """Parses and checks a specification: the IR of one of its attentions. Arguments and errors as for `build`."""
+    source = spec if isinstance(spec, Source) else read(spec)
 
     def front_end() -> Attention:
         return check_source(source, name=name, constants=constants)
@@ -57,15 +59,25 @@ def check(spec: str | Path, *, name: str | None = None, **constants: bool | int 
 
 
 def read(spec: str | Path) -> Source:
-    """The text of a specification, from a file or as given."""
-    if isinstance(spec, Path) or (spec.endswith(".attn") and "\n" not in spec):
-        return Source(str(spec), read_text(Path(spec)))
-    return Source("<spec>", spec)
+    """The text of a specification, from a file or as given. Raises SpecError where the file cannot be read."""
+    if isinstance(spec, str) and ("\n" in spec or not spec.endswith(".attn")):
+        return Source("<spec>", spec)
+    try:
+        return Source(str(spec), Path(spec).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise SpecError(CannotReadSpec(None, str(spec), str(reason))) from error
 
 
 def sources_of(
     attention: Attention, specialization: Specialization, target: Target, templates: Sequence[Path] = ()
-) -> tuple[Program, tuple[str, ...]]:
-    """The kernels of one specialization, and the source text of each."""
+) -> Sources:
+    """The kernels of one specialization, the source text of each, and that of the module that launches them."""
+    from attncc.emit.printers import printer_of
+    from attncc.emit.render import render
+    from attncc.emit.run import render_run
+    from attncc.plan.build import plan_attention
+
     program = plan_attention(attention, specialization, target)
-    return program, tuple(render(plan, printer_of(plan, templates), templates) for plan in program.kernels)
+    texts = tuple(render(plan, printer_of(plan), templates) for plan in program.kernels)
+    return program, texts, render_run(program, templates)

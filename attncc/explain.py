@@ -31,7 +31,7 @@ _STRATEGIES = {
 
 def explain(spec_text: str, attention: Attention, program: Program) -> str:
     """The specification, the facts derived from it, the kernels that they led to, and the alternatives."""
-    forward = next(plan for plan in program.kernels if isinstance(plan, ForwardPlan))
+    forward = program.forward
     sections = [
         ("Specification", spec_text.strip().splitlines()),
         ("Clauses, and what each varies with", _clauses(attention)),

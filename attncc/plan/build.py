@@ -74,7 +74,7 @@ def plan_attention(attention: Attention, specialization: Specialization, target:
     forward = _plan_forward(attention, specialization, target)
     tiles = (_plan_tiles(forward),) if forward.blocks.summaries or forward.blocks.strategy == "list" else ()
     kernels: tuple[KernelPlan, ...] = (*rows, *tiles, forward)
-    return Program(kernels)
+    return Program(kernels, specialization, target, "H" if per_query_head else "HKV")
 
 
 def specialize(attention: Attention, specialization: Specialization) -> Attention:
@@ -276,8 +276,11 @@ def _hoist_blocks(blocks: BlockStructure, stager: Stager) -> BlockStructure:
             full_hi=stager.hoist(key_range.full_hi),
         )
 
+    varies = frozenset[str]().union(*map(variance, _block_exprs(blocks)))
     return replace(
         blocks,
+        per_batch="b" in varies,
+        per_head="h" in varies,
         ranges=tuple(hoisted(key_range) for key_range in blocks.ranges),
         possible=stager.hoist(blocks.possible),
         certain=stager.hoist(blocks.certain),
@@ -290,13 +293,13 @@ def _plan_tiles(forward: ForwardPlan) -> TilesPlan:
     blocks = _hoist_blocks(block_structure(forward.spec.mask), stager)
     call, head = stager.bindings("call"), stager.bindings("head")
     used = [*_values(call, head), *_block_exprs(blocks)]
-    names = {tensor.name for tensor in forward.tensors}
+    names = {node.tensor for expr in used for node in walk(expr) if isinstance(node, Load)}
     return TilesPlan(
         kernel="tiles",
         name=f"{forward.spec.name}_tiles",
         spec=forward.spec,
         target=forward.target,
-        tensors=tuple(t for t in forward.tensors if t.name in names & set(_names(used, Load))),
+        tensors=tuple(t for t in forward.tensors if t.name in names),
         scalars=_scalars_in(used, forward.spec),
         call=call,
         head=head,

@@ -94,8 +94,9 @@ class ScalarArgument:
 class KeyRange:
     """Keys [lo, hi) that a tile of queries may see, and the part [full_lo, full_hi) where no mask code is needed.
 
-    Int expressions over call- and head-level values, Index q_lo, q_hi and `Summary` leaves of axis "q". lo, hi lie
-    within [0, N], lo <= hi, and the full part, when not empty, within [lo, hi); when empty, full_lo = full_hi = lo.
+    Int expressions over call- and head-level values, Index q_lo, q_hi and `Summary` leaves of axis "q". 0 <= lo and
+    hi <= N; the range is empty where lo >= hi. The full part is what [full_lo, full_hi) shares with [lo, hi), nothing
+    where full_lo >= full_hi; no part of the range is ever full if full_lo and full_hi are the same expression.
     """
 
     lo: Expr
@@ -114,9 +115,10 @@ class BlockStructure:
       list     as scan, but live tiles are listed per tile of queries before the kernel runs
     possible, certain: bool expressions over q_lo, q_hi, kv_lo, kv_hi, head-level values and `Summary` leaves: a tile
     is empty where not `possible`, full where `certain`. They are sound for every non-empty tile, whatever the strategy.
-    Ranges ascend and do not overlap (hi of one <= lo of the next); rounded to tiles, neighbours may share a tile, which
-    counts once. `ranges` is never empty. summaries: every `Summary` in any of these expressions, of either axis.
+    Ranges ascend by lo, empty ones too; they may overlap, and neighbours, rounded to tiles, may share tiles: what two
+    ranges hold counts once (a kernel goes on from where it is). `ranges` is never empty. summaries: every `Summary` in any of these expressions, of either axis.
     Loads at tile corners may lie outside their tensor: like every load of a kernel, they are clamped.
+    per_batch, per_head: whether the structure differs between batches and heads; lists of tiles are shared where not.
     """
 
     strategy: Literal["bounds", "scan", "list"]
@@ -124,6 +126,8 @@ class BlockStructure:
     possible: Expr
     certain: Expr
     summaries: tuple[Summary, ...] = ()
+    per_batch: bool = True
+    per_head: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +246,23 @@ KernelPlan: TypeAlias = RowsPlan | ForwardPlan | TilesPlan
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """All kernels of one specialization, in the order of launch."""
+    """All kernels of one specialization, in the order of launch; the last one is the forward kernel.
+
+    operand_heads: the heads of k and v as the forward kernel reads them. "H" where their transforms vary with the query
+    head and have been written out once per query head.
+    """
 
     kernels: tuple[KernelPlan, ...]
+    specialization: Specialization
+    target: Target
+    operand_heads: Literal["H", "HKV"]
+
+    @property
+    def forward(self) -> ForwardPlan:
+        plan = self.kernels[-1]
+        assert isinstance(plan, ForwardPlan)
+        return plan
+
+    @property
+    def spec(self) -> Attention:
+        return self.forward.spec

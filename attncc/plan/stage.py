@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from attncc.ir.nodes import Apply, Constant, Expr, Hole, Index, Load, Parameter, Reduce, Size, Variable
+from attncc.ir.nodes import Apply, Constant, Expr, Hole, Index, Load, Parameter, Reduce, Size, Summary, Variable
 from attncc.ir.rewrite import children, kind_of, map_children
 from attncc.plan.nodes import Binding, Staged
 
@@ -45,6 +45,8 @@ class Stager:
         own = self.level_of(expr)
         if own < level and not is_trivial(expr) and not (inside_reduce and has_free_d(expr)):
             return self._bind(expr, own)
+        if isinstance(expr, Summary):  # The table stands for its load, whose indices are no values of a level.
+            return expr
         inner = inside_reduce or isinstance(expr, Reduce)
         return map_children(expr, lambda child: self._hoist(child, level, inside_reduce=inner))
 

@@ -7,8 +7,7 @@ for every reason.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,8 +37,7 @@ class Mismatch(Exception):
     """The arguments do not fit; says no more than that."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
+class Sizes(NamedTuple):
     """The sizes of a call, in the order in which kernels take them."""
 
     B: int
@@ -51,14 +49,18 @@ class Sizes:
     E: int
 
 
-@dataclass(frozen=True, slots=True)
-class Bound:
+class Bound(NamedTuple):
     """Arguments that fit. `tensors` and `scalars` hold the inputs of the specification by name."""
 
     sizes: Sizes
     q_offset: int
     tensors: dict[str, Tensor]
     scalars: dict[str, bool | int | float]
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Tensors and scalars together."""
+        return {**self.tensors, **self.scalars} if self.tensors else self.scalars
 
 
 class Signature:

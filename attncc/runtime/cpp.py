@@ -51,7 +51,11 @@ class CppKernel:
 
         Raises MemoryError where the kernel cannot have the scratch memory that it needs.
         """
-        if self._run(self._pack(*values)):
+        self.launch_packed(self._pack(*values))
+
+    def launch_packed(self, block: bytes) -> None:
+        """As `launch`, with the values packed into one block of 8-byte slots."""
+        if self._run(block):
             raise MemoryError("not enough memory for the scratch space of an attention kernel")
 
 

@@ -244,3 +244,47 @@ class CompilerFailed(Diagnostic):
 
     def helps(self) -> tuple[str, ...]:
         return f"the command was: {self.command}", f"the source is kept at {self.source}"
+
+
+# --- A05xx: targets -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class NoKernelForDevice(Diagnostic):
+    code = "A0551"
+    title = "{target} has no kernel for {device}"
+    help = "{advice}"
+    explanation = "C++ kernels take tensors on the CPU, Triton kernels tensors on a GPU; `triton:interpret` takes the CPU's."
+    bad = 'attncc.build(spec, target="triton")(q, k, v)             # with q on the CPU'
+    good = 'attncc.build(spec, target="triton:interpret")(q, k, v)'
+
+    target: str
+    device: str
+    advice: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownArch(Diagnostic):
+    code = "A0552"
+    title = "`{family}` knows no machine `{arch}`"
+    help = "it knows {known}"
+    explanation = "What follows the colon of a target names a machine, as in `cpp:avx2` or `triton:sm_90`."
+    bad = 'attncc.build(spec, target="cpp:avx1024")'
+    good = 'attncc.build(spec, target="cpp:avx512")'
+
+    family: str
+    arch: str
+    known: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnsupportedArch(Diagnostic):
+    code = "A0553"
+    title = "this machine cannot run {target}"
+    help = "the widest that it has is {native}; leave the machine out to take that"
+    explanation = "A kernel for instructions that the processor lacks would end the process; attncc does not launch it."
+    bad = 'attncc.build(spec, target="cpp:avx512_bf16")   # on a machine with AVX2'
+    good = 'attncc.build(spec, target="cpp")'
+
+    target: str
+    native: str

@@ -1,0 +1,108 @@
+"""Errors of the library's front door and of the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attncc.diagnostics import Diagnostic
+
+
+@dataclass(frozen=True, slots=True)
+class CannotReadSpec(Diagnostic):
+    code = "A0100"
+    title = "cannot read {path}: {reason}"
+    help = "name a file of UTF-8 text that ends in .attn, or pass the specification itself"
+    explanation = "A specification is the path of a file that ends in `.attn`, or the text of one."
+    bad = 'attncc.build("exmaples/causal.attn")'
+    good = 'attncc.build("examples/causal.attn")'
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CannotRead(Diagnostic):
+    code = "A0631"
+    title = "cannot read {path}: {reason}"
+    help = "pass a safetensors file with q (B, H, M, D), k (B, HKV, N, D) and v (B, HKV, N, E)"
+    explanation = "`--input` names a safetensors file that holds q, k, v and the captured tensors, each under its name."
+    bad = "attncc run causal.attn --input qkv.txt"
+    good = "attncc run causal.attn --input qkv.safetensors"
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CannotWrite(Diagnostic):
+    code = "A0632"
+    title = "cannot write {path}: {reason}"
+    help = "name a file in a folder that exists and can be written"
+    explanation = "The file that `-o` or `--png` names could not be written. Nothing was left half-written."
+    bad = "attncc run causal.attn -o /proc/out.safetensors"
+    good = "attncc run causal.attn -o out.safetensors"
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class MissingOperand(Diagnostic):
+    code = "A0633"
+    title = "{path} holds no `{name}`"
+    help = "it holds {found}; q, k and v must be among them"
+    explanation = "`--input` names a safetensors file that holds q, k and v under these names."
+    bad = "attncc run causal.attn --input kv.safetensors"
+    good = "attncc run causal.attn --input qkv.safetensors"
+
+    path: str
+    name: str
+    found: str
+
+
+@dataclass(frozen=True, slots=True)
+class NoShapeAtSizes(Diagnostic):
+    code = "A0634"
+    title = "no input can be made up at these sizes: {reason}"
+    help = "choose another --shape, or pass the tensors with --input"
+    explanation = "Captured tensors are made up in the shapes that the specification declares, at the sizes of --shape."
+    bad = "attncc run spec.attn --shape 1,8,3,64,64,64"
+    good = "attncc run spec.attn --shape 1,8,2,64,64,64"
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownPeer(Diagnostic):
+    code = "A0635"
+    title = "there is no peer `{name}` to measure against"
+    help = "the peers are {known}"
+    explanation = "`--against` names what to measure beside attncc."
+    bad = "attncc bench causal.attn --against fa9"
+    good = "attncc bench causal.attn --against sdpa"
+
+    name: str
+    known: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownCode(Diagnostic):
+    code = "A0636"
+    title = "there is no error code or file `{what}`"
+    help = "pass a code as it stands in an error message, such as A0201, or the path of a specification"
+    explanation = "`attncc explain` takes an error code or a specification."
+    bad = "attncc explain A9999"
+    good = "attncc explain A0201"
+
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class InternalError(Diagnostic):
+    code = "A0901"
+    title = "attncc itself failed: {kind}: {message}"
+    help = "please report it, with the specification and the command"
+    explanation = "This is a mistake of attncc, not of the specification or the call."
+
+    kind: str
+    message: str

@@ -1,0 +1,166 @@
+"""A compiled attention: checks a call, picks its kernels, runs them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attncc import reference
+from attncc.diagnostics import CallError
+from attncc.explain import explain
+from attncc.ir.nodes import Attention, Elementwise
+from attncc.ir.text import to_text
+from attncc.ir.types import DType
+from attncc.plan.nodes import Program, Specialization, Target
+from attncc.runtime import cache
+from attncc.runtime.arguments import DTYPES, Bound, Mismatch, Signature, preferred_dtype
+from attncc.runtime.errors import NoGradient, NoLse
+from attncc.runtime.programs import CompiledProgram, compile_program
+from attncc.runtime.refusals import refuse
+from attncc.runtime.targets import parse, resolve
+
+# The plans, their sources, and that of the module that launches them.
+Sources = tuple[Program, tuple[str, ...], str]
+MakeSources = Callable[[Attention, Specialization, Target, Sequence[Path]], Sources]
+
+
+class CompiledAttention:
+    """An attention variant that can be called. Made by `attncc.build`.
+
+    attention: its IR. text: its specification. Kernels are compiled at the first call of each combination of element
+    types and head dimensions; lengths, batch, heads and run-time scalars never compile anything.
+    """
+
+    def __init__(
+        self,
+        attention: Attention,
+        text: str,
+        target: str | None,
+        templates: Sequence[Path],
+        make_sources: MakeSources,
+    ) -> None:
+        self.attention = attention
+        self.text = text
+        self._signature = Signature(attention)
+        self._target = target
+        self._templates = tuple(templates)
+        self._make_sources = make_sources
+        self._has_lse = not isinstance(attention.normalizer, Elementwise)
+        self._programs: dict[object, CompiledProgram] = {}
+        self._lock = threading.Lock()
+        self._built: dict[tuple[Specialization, Target], Sources] = {}
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q_offset: int | None = None,
+        return_lse: bool = False,
+        **inputs: Any,
+    ) -> Any:
+        """Attention of q (B, H, M, D) over k (B, HKV, N, D) and v (B, HKV, N, E): o (B, H, M, E) in their dtype.
+
+        inputs: the tensors and run-time scalars of the specification. q_offset: the position of query row 0; N - M if
+        not given. return_lse: also the natural logarithm of what each row's weights were divided by, (B, H, M), f32
+        (f64 for f64).
+
+        Raises CallError for arguments that do not fit, BuildError where no kernel can be made of it here.
+        """
+        try:
+            bound = self._signature.bind(q, k, v, q_offset, inputs)
+        except Mismatch:
+            raise refuse(self._signature, {"q": q, "k": k, "v": v}, q_offset, inputs) from None
+        if return_lse and not self._has_lse:
+            raise CallError(NoLse(None, self.attention.name))
+        if torch.is_grad_enabled():
+            self._refuse_gradients({"q": q, "k": k, "v": v, **bound.tensors})
+        sizes = bound.sizes
+        key = (q.dtype, sizes.D, sizes.E, q.device, *[tensor.dtype for tensor in bound.tensors.values()])
+        program = self._programs.get(key)
+        if program is None:
+            program = self._compile(key, q, bound)
+        o, lse = program.run(q, k, v, bound, return_lse)
+        return (o, lse) if return_lse else o
+
+    def reference(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q_offset: int | None = None,
+        return_lse: bool = False,
+        **inputs: Any,
+    ) -> Any:
+        """The same in float64, interpreted: the oracle. Arguments as for a call; memory is quadratic.
+
+        Raises `attncc.reference.OutOfRange` where a kept pair reads outside a captured tensor.
+        """
+        try:
+            bound = self._signature.bind(q, k, v, q_offset, inputs)
+        except Mismatch:
+            raise refuse(self._signature, {"q": q, "k": k, "v": v}, q_offset, inputs) from None
+        if return_lse and not self._has_lse:
+            raise CallError(NoLse(None, self.attention.name))
+        o, lse = reference.evaluate(self.attention, q, k, v, bound.inputs, bound.q_offset)
+        return (o, lse) if return_lse else o
+
+    def source(
+        self, *, dtype: torch.dtype = torch.float32, head_dim: int = 64, head_dim_v: int | None = None
+    ) -> dict[str, str]:
+        """The source of each kernel by its name: of all that have been compiled so far, or else for these types."""
+        built = list(self._built.values()) or [self.sources(self._specialization(dtype, head_dim, head_dim_v))]
+        return {plan.name: text for program, texts, _ in built for plan, text in zip(program.kernels, texts, strict=True)}
+
+    def explain(
+        self, *, dtype: torch.dtype = torch.float32, head_dim: int = 64, head_dim_v: int | None = None
+    ) -> str:
+        """What was derived from the specification, what was chosen, and why not something else; with the plan of the
+        last program that was compiled, or else for these types."""
+        built = list(self._built.values()) or [self.sources(self._specialization(dtype, head_dim, head_dim_v))]
+        return explain(self.text, self.attention, built[-1][0])
+
+    def sources(self, specialization: Specialization, target: Target | None = None) -> Sources:
+        """The plans of one specialization, their sources, and that of the module that launches them; from the cache
+        folder where they have been made before."""
+        target = target or self._default_target()
+        files = [(str(path), path.stat().st_mtime_ns) for folder in self._templates for path in sorted(folder.rglob("*"))]
+        key = cache.key_of(
+            "program", cache.compiler_fingerprint(), to_text(self.attention), specialization, target, files
+        )
+        return cache.remember(
+            key, lambda: self._make_sources(self.attention, specialization, target, self._templates)
+        )
+
+    def _default_target(self) -> Target:
+        if self._target is not None:
+            return parse(self._target, self._templates)
+        return resolve(None, torch.device("cpu"), self._templates)
+
+    def _specialization(self, dtype: torch.dtype, head_dim: int, head_dim_v: int | None) -> Specialization:
+        tensors = tuple((p.name, preferred_dtype(p)) for p in self.attention.tensors)
+        return Specialization(DTYPES[dtype], head_dim, head_dim_v or head_dim, tensors)
+
+    def _compile(self, key: object, q: Tensor, bound: Bound) -> CompiledProgram:
+        tensors = tuple((name, DTYPES[tensor.dtype]) for name, tensor in bound.tensors.items())
+        specialization = Specialization(DTYPES[q.dtype], bound.sizes.D, bound.sizes.E, tensors)
+        with self._lock:
+            if key not in self._programs:
+                target = resolve(self._target, q.device, self._templates)
+                sources = self.sources(specialization, target)
+                self._built[specialization, target] = sources
+                self._programs[key] = compile_program(*sources, cache.folder())
+            return self._programs[key]
+
+    @staticmethod
+    def _refuse_gradients(tensors: dict[str, Tensor]) -> None:
+        reasons = [NoGradient(None, name) for name, tensor in tensors.items() if tensor.requires_grad]
+        if reasons:
+            raise CallError(*reasons)

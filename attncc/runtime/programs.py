@@ -1,0 +1,92 @@
+"""Compiled programs: all kernels of one specialization behind one function.
+
+    program.run(q, k, v, bound, return_lse) -> (o, lse or None)
+
+`run` trusts its arguments (`attncc.runtime.arguments` has bound them); it only sees to it that last axes are contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from attncc.plan.nodes import Program
+from attncc.runtime.arguments import Bound, Sizes
+from attncc.runtime.cpp import compile_kernel as compile_cpp
+from attncc.runtime.triton import NO_TABLES, ForwardKernel, RowsKernel, TilesKernel
+from attncc.runtime.triton import compile_kernel as compile_triton
+
+Result = tuple[Tensor, Tensor | None]
+
+
+class CompiledProgram(Protocol):
+    """What every backend makes of a program."""
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound, return_lse: bool) -> Result: ...
+
+
+def compile_program(program: Program, sources: Sequence[str], launcher: str, folder: Path) -> CompiledProgram:
+    """Compiles the sources of a program, or finds them compiled in `folder`. Raises BuildError where that fails."""
+    return {"cpp": CppProgram, "triton": TritonProgram}[program.target.backend](program, sources, launcher, folder)
+
+
+class CppProgram:
+    """Shared libraries, launched by the generated module that `launcher` is the source of."""
+
+    def __init__(self, program: Program, sources: Sequence[str], launcher: str, folder: Path) -> None:
+        kernels = [compile_cpp(plan, source, folder) for plan, source in zip(program.kernels, sources, strict=True)]
+        self._launch = tuple(kernel.launch_packed for kernel in kernels)
+        module: dict[str, Any] = {}
+        exec(compile(launcher, f"<{program.spec.name}_run>", "exec"), module)  # noqa: S102
+        self._run: Callable[..., Result] = module["run"]
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound, return_lse: bool) -> Result:
+        q, k, v = _contiguous(q), _contiguous(k), _contiguous(v)
+        return self._run(self._launch, q, k, v, bound.inputs, bound.q_offset, return_lse)
+
+
+class TritonProgram:
+    """Generated Triton modules, launched directly."""
+
+    def __init__(self, program: Program, sources: Sequence[str], launcher: str, folder: Path) -> None:
+        del launcher  # That of a standalone file: within attncc kernels are launched with less overhead.
+        self._program = program
+        self._kernels = [compile_triton(p, s, folder) for p, s in zip(program.kernels, sources, strict=True)]
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound, return_lse: bool) -> Result:
+        sizes, forward = bound.sizes, self._program.forward
+        o = torch.empty((sizes.B, sizes.H, sizes.M, sizes.E), dtype=q.dtype, device=q.device)
+        lse = None
+        if forward.normalizer != "none":
+            dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
+            lse = torch.empty((sizes.B, sizes.H, sizes.M), dtype=dtype, device=q.device)
+        if not o.numel():
+            return o, lse if return_lse else None
+        operands = {"q": _contiguous(q), "k": _contiguous(k), "v": _contiguous(v)}
+        tensors, scalars = bound.tensors, bound.scalars | {"group_size": sizes.H // sizes.HKV}
+        inner = sizes
+        if self._program.operand_heads == "H":
+            inner = Sizes(sizes.B, sizes.H, sizes.H, sizes.M, sizes.N, sizes.D, sizes.E)
+        tables = NO_TABLES
+        for kernel in self._kernels:
+            match kernel:
+                case RowsKernel(plan=plan):
+                    x = operands[plan.row]
+                    heads = sizes.H if plan.heads == "H" else sizes.HKV
+                    out = torch.empty((sizes.B, heads, x.shape[2], plan.width), dtype=q.dtype, device=q.device)
+                    kernel.launch(x, out, sizes, bound.q_offset, tensors, scalars)
+                    operands[plan.row] = out
+                case TilesKernel():
+                    tables = kernel.launch(inner, bound.q_offset, tensors, scalars, q.device)
+                case ForwardKernel():
+                    kernel.launch(*operands.values(), o, lse, inner, bound.q_offset, tensors, scalars, tables)
+        return o, lse if return_lse else None
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    """`x` with a contiguous last axis: itself, unless it has none."""
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
