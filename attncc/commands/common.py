@@ -1,0 +1,150 @@
+"""What commands share: reading specifications and inputs, writing files, progress."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from attncc.build import build, check, read
+from attncc.diagnostics import CallError
+from attncc.errors import CannotRead, CannotWrite, MissingOperand, NoShapeAtSizes
+from attncc.inputs import captured_tensors, describe, operands
+from attncc.ir.nodes import Attention
+from attncc.runtime.arguments import Sizes
+from attncc.runtime.call import CompiledAttention
+from attncc.syntax import nodes, parse
+
+Value = bool | int | float
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An attention of a file, and the values given on the command line, told apart: `constants` are compiled in."""
+
+    path: str
+    name: str | None
+    text: str
+    attention: Attention
+    constants: Mapping[str, Value]
+    scalars: Mapping[str, Value]
+
+    def compiled(self, target: str | None, templates: list[str]) -> CompiledAttention:
+        return build(self.path, name=self.name, target=target, templates=templates, **self.constants)
+
+
+def load(path: str, name: str | None, settings: Mapping[str, Value]) -> Loaded:
+    """Reads and checks a specification. Raises SpecError for its mistakes."""
+    path = os.path.relpath(path) if path.startswith("/") else path
+    source = read(Path(path))
+    constants = constant_names(parse(source), name)
+    values = {key: value for key, value in settings.items() if key in constants}
+    others = {key: value for key, value in settings.items() if key not in constants}
+    return Loaded(path, name, source.text, check(Path(path), name=name, **values), values, others)
+
+
+def constant_names(file: nodes.File, name: str | None) -> frozenset[str]:
+    """The `const` parameters of the attentions of a file, or of the one named."""
+    chosen = [attention for attention in file.attentions if name in (None, attention.name)]
+    return frozenset(p.name for attention in chosen for p in attention.parameters if p.const)
+
+
+def call_arguments(
+    loaded: Loaded, arguments: argparse.Namespace, dtype: torch.dtype, device: str
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor | Value]]:
+    """q, k, v and the inputs of a call: from `--input` where given, made up otherwise, which is said on stderr."""
+    given: dict[str, Tensor] = {}
+    path: Path | None = getattr(arguments, "input", None)
+    if path is not None:
+        given = _read_tensors(path)
+        q, k, v = (given.pop(name) for name in "qkv")
+        dtype = q.dtype
+        sizes = Sizes(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+        unknown = sorted(set(given) - {tensor.name for tensor in loaded.attention.tensors})
+        if unknown:
+            say(f"{path}: not an input of {loaded.attention.name}, left aside: {', '.join(unknown)}")
+            given = {name: tensor for name, tensor in given.items() if name not in unknown}
+    else:
+        sizes = Sizes(*arguments.shape)
+        q, k, v = operands(sizes, dtype, torch.Generator().manual_seed(arguments.seed))
+    missing = [tensor for tensor in loaded.attention.tensors if tensor.name not in given]
+    if missing:
+        generator = torch.Generator().manual_seed(arguments.seed + 1)
+        try:
+            made_up = captured_tensors(loaded.attention, sizes, dtype, generator)
+        except ValueError as error:
+            raise CallError(NoShapeAtSizes(None, str(error))) from error
+        for tensor in missing:
+            say(f"`{tensor.name}` is not given; taking {describe(tensor)}")
+            given[tensor.name] = made_up[tensor.name]
+    q, k, v = (x.to(device) for x in (q, k, v))
+    return q, k, v, {**{name: tensor.to(device) for name, tensor in given.items()}, **loaded.scalars}
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CallError(CannotRead(None, str(path), _reason(error))) from error
+    missing = [name for name in "qkv" if name not in tensors]
+    if missing:
+        found = ", ".join(sorted(tensors)) or "nothing"
+        raise CallError(*(MissingOperand(None, str(path), name, found) for name in missing))
+    wrong = [name for name in "qkv" if tensors[name].dim() != 4]
+    if wrong:
+        raise CallError(*(CannotRead(None, str(path), f"{name} has {tensors[name].dim()} axes, not 4") for name in wrong))
+    return tensors
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+    except (OSError, SafetensorError) as error:
+        raise CallError(CannotWrite(None, str(path), _reason(error))) from error
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Writes a file, and makes its folder where there is none."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise CallError(CannotWrite(None, str(path), _reason(error))) from error
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).lower()
+
+
+def device_of(target: str | None) -> str:
+    """Where the tensors of a call have to lie for a target: a GPU for Triton, unless it is interpreted."""
+    on_gpu = torch.cuda.is_available() and (target is None or not target.startswith(("cpp", "triton:interpret")))
+    return "cuda" if on_gpu else "cpu"
+
+
+def say(text: str) -> None:
+    """A remark to the user, out of the way of results."""
+    print(text, file=sys.stderr)
+
+
+def progress() -> Progress:
+    """A progress bar on stderr, gone when it is done."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )

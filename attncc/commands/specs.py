@@ -1,0 +1,76 @@
+"""`check`, `fmt` and `explain`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from attncc.build import check as check_spec
+from attncc.build import read
+from attncc.commands.common import constant_names, load, say, write
+from attncc.diagnostics import AttnError, CallError, explain_code
+from attncc.errors import UnknownCode
+from attncc.syntax import format_source, parse
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Every attention of every file, and all errors of all files."""
+    errors: list[AttnError] = []
+    for path in arguments.files:
+        try:
+            file = parse(read(Path(path)))
+            for attention in file.attentions or (None,):
+                name = None if attention is None else attention.name
+                known = constant_names(file, name)
+                constants = {key: value for key, value in arguments.set if key in known}
+                checked = check_spec(Path(path), name=name, **constants)
+                print(f"{path}: {checked.name}: ok")
+        except AttnError as error:
+            errors.append(error)
+    # A mistake in a definition shows in every attention that uses it.
+    for text in dict.fromkeys(str(error) for error in errors):
+        print(text, end="\n\n", file=sys.stderr)
+    return 1 if errors else 0
+
+
+def fmt(arguments: argparse.Namespace) -> int:
+    """Rewrites files in the one form; with --check only says which would change."""
+    errors: list[AttnError] = []
+    changed: list[str] = []
+    for path in arguments.files:
+        try:
+            source = read(Path(path))
+            text = format_source(source)
+            if text != source.text:
+                changed.append(path)
+                if not arguments.check:
+                    write(Path(path), text)
+        except AttnError as error:
+            errors.append(error)
+    for path in changed:
+        say(f"{path}: would be reformatted" if arguments.check else f"{path}: reformatted")
+    for error in errors:
+        print(error, end="\n\n", file=sys.stderr)
+    return 1 if errors or (arguments.check and changed) else 0
+
+
+def explain(arguments: argparse.Namespace) -> int:
+    """An error code, or what the compiler found out about a specification and chose for it."""
+    what: str = arguments.what
+    if not what.endswith(".attn") and not Path(what).exists():
+        text = explain_code(what)
+        if text is None:
+            raise CallError(UnknownCode(None, what))
+        print(text)
+        return 0
+    loaded = load(what, arguments.name, dict(arguments.set))
+    attn = loaded.compiled(arguments.target, arguments.templates)
+    if arguments.png is None:
+        head_dim_qk, head_dim_v = arguments.head_dim
+        print(attn.explain(dtype=arguments.dtype, head_dim_qk=head_dim_qk, head_dim_v=head_dim_v))
+        return 0
+    from attncc.commands.drawing import draw
+
+    draw(loaded, arguments)
+    return 0
