@@ -128,7 +128,7 @@ def eager(
             weight = torch.softmax(score, -1)
             if sink is not None:
                 weight = weight[..., :-1]
-            elif not kept.any(-1).all():
+            if not kept.any(-1).all():
                 weight = weight.masked_fill(~kept, 0.0)
         case Elementwise(weight=expr):
             weight = torch_value(expr, replace(env, holes={"score": score})).masked_fill(~kept, 0.0)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from strategies import Call, attentions, calls, cases
 from test_reference import CAUSAL, spec
 
+from attncc.eager import eager
 from attncc.error_rule import ULPS
 from attncc.ir.nodes import Attention
 from attncc.reference import evaluate
@@ -28,6 +29,19 @@ def test_in_float64_the_plain_formula_is_the_reference(case: tuple[Attention, Ca
     assert (lse is None) == (plain_lse is None)
     if lse is not None:
         torch.testing.assert_close(plain_lse, lse, rtol=1e-9, atol=1e-10)
+
+
+@settings(deadline=None, max_examples=100)
+@given(cases(dtype=torch.float64, longest=30, widest=9))
+def test_in_float64_the_eager_formula_is_the_reference(case: tuple[Attention, Call]) -> None:
+    attention, call = case
+    arguments = (call.q, call.k, call.v)
+    wide = {
+        n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in call.inputs.items()
+    }
+    o = eager(attention, *arguments, wide, call.q_offset)
+    expected, _ = evaluate(attention, *arguments, call.inputs, call.q_offset)
+    torch.testing.assert_close(o, expected, rtol=1e-9, atol=1e-10)
 
 
 @settings(deadline=None, max_examples=60)
