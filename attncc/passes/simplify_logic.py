@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 from attncc.ir.nodes import Apply, Constant, Expr
 from attncc.ir.rewrite import kind_of
 from attncc.ir.types import Kind
@@ -47,20 +49,17 @@ def _chain(name: str) -> Rule:
 
     def rule(x: Expr, y: Expr) -> Expr | None:
         operands = [*terms(name, x), *terms(name, y)]
-        kept: list[Expr] = []
+        kept: dict[Expr, None] = {}
         for operand in operands:
             if operand == settled or opposite(operand) in kept:
                 return settled
-            # `a and (a or b)` is `a`. Only towards the right: b may be read safely just where a does not hold.
+            # `a and (a or b)` is `a`.
             absorbed = any(term in kept for term in terms(dual, operand))
             if operand != neutral and operand not in kept and not absorbed:
-                kept.append(operand)
-        if kept == operands:
+                kept[operand] = None
+        if len(kept) == len(operands):
             return None
-        result = kept[0] if kept else neutral
-        for operand in kept[1:]:
-            result = apply(name, result, operand)
-        return result
+        return reduce(lambda chain, operand: apply(name, chain, operand), kept) if kept else neutral
 
     return rule
 
