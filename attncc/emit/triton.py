@@ -39,6 +39,8 @@ from attncc.plan.nodes import Binding, BlockStructure, ForwardPlan, KernelPlan, 
 from attncc.plan.triton_tiles import power_of_two
 
 FLOAT_NAMES = {DType.F16: "float16", DType.BF16: "bfloat16", DType.F32: "float32", DType.F64: "float64"}
+# Products of f32 are taken in f32, not in the 10-bit TF32 that Triton takes for granted.
+DOT_OPTIONS = {DType.F32: ', input_precision="ieee"', DType.F64: ", out_dtype=tl.float64"}
 LOG2_E = 1.4426950408889634
 LOWEST = {DType.F32: -3.4028234663852886e38, DType.F64: -1.7976931348623157e308}
 
@@ -101,7 +103,8 @@ class TritonPrinter:
         self.dtypes = {tensor.name: tensor.dtype for tensor in plan.tensors}
         self.ranks = {tensor.name: tensor.rank for tensor in plan.tensors}
         self.shapes = {parameter.name: parameter.shape for parameter in plan.spec.tensors}
-        self.double = DType.F64 in (self.dtypes.values() if isinstance(plan, TilesPlan) else (plan.dtype,))
+        # Tables are made once for every element type of q: in f64, as the reference decides.
+        self.double = isinstance(plan, TilesPlan) or plan.dtype is DType.F64
         self.axes: dict[str, Axis] = {}
         self.ranges: dict[str, Range] = {}
         self.wide: set[str] = set()
@@ -120,7 +123,7 @@ class TritonPrinter:
             "chunks": chunks,
             "name": name_of,
             "triton_dtype": lambda dtype: f"tl.{FLOAT_NAMES[dtype]}",
-            "dot_options": lambda dtype: ', input_precision="ieee"' if dtype is DType.F32 else "",
+            "dot_options": lambda dtype: DOT_OPTIONS.get(dtype, ""),
             # Expressions, by the shape of the value.
             "vector": lambda expr: self.print(expr, matrix=False).source,
             "vector_operand": lambda expr: self.print(expr, matrix=False).at(_PRODUCT),

@@ -149,7 +149,7 @@ class TilesKernel:
         self.module = module
         self.tile = plan.tile
         self.summaries = plan.blocks.summaries
-        self.per_mask = _varying(plan.spec.mask)
+        self.per_mask = (plan.blocks.per_batch, plan.blocks.per_head)
 
     def launch(
         self, sizes: Sizes, q_offset: int, tensors: Captured, scalars: Scalars, device: torch.device
