@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from hypothesis import strategies as st
@@ -83,6 +84,7 @@ _small = st.integers(-9, 20)
 _floats = st.sampled_from([0.0, -0.0, 0.5, -1.5, 3.0, 1e30, math.inf, -math.inf])
 
 
+@cache
 def exprs(kind: Kind, depth: int) -> st.SearchStrategy[Expr]:
     """Expressions of `kind`, about `depth` operations deep, rich in the shapes that masks have."""
     return {INT: _ints, FLOAT: _floating, BOOL: _bools}[kind](depth)
@@ -92,6 +94,7 @@ def _leaf_of(kind: Kind) -> st.SearchStrategy[Expr]:
     return st.sampled_from([Parameter(name, k) for name, k in SCALARS.items() if k is kind])
 
 
+@cache
 def _load(kind: Kind, depth: int) -> st.SearchStrategy[Expr]:
     index = _ints(depth - 1)
 
@@ -106,6 +109,7 @@ def _apply(names: list[str], *args: st.SearchStrategy[Expr]) -> st.SearchStrateg
     return st.tuples(st.sampled_from(names), st.tuples(*args)).map(lambda t: Apply(*t))
 
 
+@cache
 def _ints(depth: int) -> st.SearchStrategy[Expr]:
     coordinate = st.sampled_from([Q, KV, op("sub", Q, KV), ROW, Index("h"), Size("N"), Size("q_offset")])
     leaf = st.one_of(coordinate, coordinate, _small.map(Constant), _leaf_of(INT))
@@ -126,6 +130,7 @@ def _ints(depth: int) -> st.SearchStrategy[Expr]:
     )
 
 
+@cache
 def _floating(depth: int) -> st.SearchStrategy[Expr]:
     leaf = st.one_of(_floats.map(Constant), _leaf_of(FLOAT), _ints(0).map(lambda a: op("to_float", a)))
     if depth <= 0:
@@ -142,6 +147,7 @@ def _floating(depth: int) -> st.SearchStrategy[Expr]:
     )
 
 
+@cache
 def _bools(depth: int) -> st.SearchStrategy[Expr]:
     comparisons = ["lt", "le", "gt", "ge", "eq", "ne"]
     compared = _apply(comparisons, st.deferred(lambda: _ints(depth - 1)), st.deferred(lambda: _ints(depth - 1)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 
 from attncc.ir.nodes import Apply, Constant, Expr, Index, Size
 from attncc.ir.rewrite import kind_of, map_children
@@ -80,9 +80,39 @@ def _extreme(op: str, fold: Callable[[Iterable[int]], int], terms: Iterable[Expr
     for term in _operands(op, terms):
         form = linear(term)
         by_shape.setdefault(form.terms, []).append(form.constant)
-    kept = [expr_of(Linear(shape, fold(constants))) for shape, constants in by_shape.items()]
-    kept.sort(key=lambda term: not isinstance(term, Constant))
+    forms = [Linear(shape, fold(constants)) for shape, constants in by_shape.items()]
+    kept: list[Expr] = []
+    for term in map(expr_of, sorted(forms, key=lambda form: bool(form.terms))):
+        if any(_decides(op, other, term) for other in kept):
+            continue
+        kept = [*(other for other in kept if not _decides(op, term, other)), term]
     return reduce(lambda a, b: Apply(op, (a, b)), kept)
+
+
+def _decides(op: str, a: Expr, b: Expr) -> bool:
+    """Whether `op` of two ints is always the first."""
+    return at_most(b, a) if op == "max" else at_most(a, b)
+
+
+def at_most(a: Expr, b: Expr) -> bool:
+    """Whether `a` <= `b` for every tile, as far as the form of two ints tells."""
+    if a == b:
+        return True
+    match a, b:
+        case (Apply(op="where", args=(c, *parts)), Apply(op="where", args=(d, *others))) if c == d:
+            return all(map(at_most, parts, others))
+        case (Apply(op="max", args=parts), _) | (Apply(op="where", args=(_, *parts)), _):
+            return all(at_most(part, b) for part in parts)
+        case (_, Apply(op="min", args=parts)) | (_, Apply(op="where", args=(_, *parts))):
+            return all(at_most(a, part) for part in parts)
+        case (Apply(op="min", args=(x, y)), Apply(op="max", args=(z, w))):
+            return at_most(x, b) or at_most(y, b) or at_most(a, z) or at_most(a, w)
+        case (Apply(op="min", args=parts), _):
+            return any(at_most(part, b) for part in parts)
+        case (_, Apply(op="max", args=parts)):
+            return any(at_most(a, part) for part in parts)
+        case _:
+            return never_positive(linear(a) - linear(b))
 
 
 def _operands(op: str, terms: Iterable[Expr]) -> Iterator[Expr]:
@@ -137,6 +167,7 @@ def _rank(atom: Expr) -> tuple[int, str]:
     return kind, repr(atom)
 
 
+@lru_cache(maxsize=2**14)  # analyses ask for the same few forms again and again
 def linear(expr: Expr) -> Linear:
     """The linear form of an int expression. Its atoms are canonical, so that equal ones meet."""
     match expr:
@@ -238,20 +269,29 @@ def _shifted(expr: Expr, constant: int) -> Expr:
 
 def below(form: Linear) -> Expr:
     """`form < 0`, as a comparison of its added terms with its subtracted ones."""
-    if not form.terms:
-        return Constant(form.constant < 0)
+    match form.terms:
+        case ():
+            return Constant(form.constant < 0)
+        case ((Apply(op="floordiv", args=(a, Constant(value=n))), 1),) if n > 0:
+            # a // n < t is a < t * n
+            return below(linear(a).plus(form.constant * int(n)))
+        case ((Apply(op="floordiv", args=(a, Constant(value=n))), -1),) if n > 0:
+            # a // n >= t is a >= t * n
+            return below(linear(a).times(-1).plus((form.constant + 1) * int(n) - 1))
+        case _:
+            pass
     left = _sum([(atom, c) for atom, c in form.terms if c > 0])
     right = _sum([(atom, -c) for atom, c in form.terms if c < 0])
     if left is None:
-        assert right is not None
+        assert right is not None, "a form with terms adds or subtracts"
         return Apply("gt", (right, Constant(form.constant)))
     if right is None:
         return Apply("lt", (left, Constant(-form.constant)))
     if form.constant == -1:
         return Apply("le", (left, right))
-    return Apply(
-        "lt", (left, _shifted(right, -form.constant)) if form.constant < 0 else (_shifted(left, form.constant), right)
-    )
+    if form.constant < 0:
+        return Apply("lt", (left, _shifted(right, -form.constant)))
+    return Apply("lt", (_shifted(left, form.constant), right))
 
 
 def never_positive(form: Linear) -> bool:
