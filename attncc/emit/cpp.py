@@ -19,9 +19,11 @@ from attncc.emit.cpp_machine import (
     argument_fields,
     machine_of,
     mangle,
+    table_element,
     table_type,
     with_uses,
 )
+from attncc.emit.cpp_rows import RowLevels, split_levels
 from attncc.ir.nodes import (
     Apply,
     Constant,
@@ -41,7 +43,7 @@ from attncc.ir.rewrite import kind_of, walk
 from attncc.ir.text import to_text
 from attncc.ir.types import DType, Kind
 from attncc.passes.ranges import INT32, Range, int_range
-from attncc.plan.nodes import Binding, ForwardPlan, KernelPlan, RowsPlan, Staged, TensorArgument, TilesPlan
+from attncc.plan.nodes import Binding, ForwardPlan, KernelPlan, RowsPlan, ScalarArgument, Staged, TensorArgument, TilesPlan
 
 _INFIX = re.compile(r"\(\{0\} (\S+) \{1\}\)")
 _PREFIX = re.compile(r"\((\S)\{0\}\)")
@@ -58,13 +60,15 @@ _LOGICAL = {"and": ("&&", "&"), "or": ("||", "|")}
 
 @dataclass(frozen=True, slots=True)
 class Printed:
-    """C++ text of an expression. lanes: a vector, one value per query; wide: an int of 64 bits."""
+    """C++ text of an expression. lanes: a vector, one value per query; wide: an int of 64 bits; f64: a float of 64 bits
+    where `real` may have 32."""
 
     text: str
     kind: Kind
     lanes: bool = False
     wide: bool = False
     level: int = _ATOM
+    f64: bool = False
 
 
 class CppPrinter:
@@ -79,9 +83,12 @@ class CppPrinter:
         self._in_lanes = isinstance(plan, ForwardPlan)
         self._variables: dict[str, Printed] = {}
         self._ranges: dict[str, Range] = {}
-        for bindings, in_key in _levels(plan):
+        # Within the outer levels of a rows kernel floats are f64, whatever the element type.
+        self._outer = False
+        self._row_levels: RowLevels | None = split_levels(plan) if isinstance(plan, RowsPlan) else None
+        for bindings, level in self._levels():
             for binding in bindings:
-                self._define(binding, in_key=in_key)
+                self._define(binding, level)
 
     def filters(self) -> Mapping[str, Callable[..., object]]:
         return {
@@ -93,10 +100,12 @@ class CppPrinter:
             "name": mangle,
             "type": self.type_of,
             "tensor_type": self.tensor_type,
-            "scalar_type": lambda scalar: SCALAR_TYPES[scalar.kind],
+            "scalar_type": self.scalar_type,
             "cpp": self.scalar,
+            "outer": self.outer,
             "lanes": self.lanes,
-            "mask": self.lanes,
+            "row_levels": lambda plan: self._row_levels,
+            "table_element": table_element,
             "staged": self.staged,
             "tidy": tidy,
             "classified_keys": lambda plan: CLASSIFIED_KEYS,
@@ -110,6 +119,17 @@ class CppPrinter:
     def scalar(self, expr: Expr) -> str:
         """`expr`, which no query changes, as a scalar."""
         return self._print(expr).text
+
+    def outer(self, expr: Expr) -> str:
+        """`expr` of a level outside rows; there, a rows kernel computes in f64."""
+        self._outer = self._row_levels is not None
+        text = self._print(expr).text
+        self._outer = False
+        return text
+
+    def scalar_type(self, scalar: ScalarArgument) -> str:
+        """The C++ type of a run-time scalar of the specification."""
+        return "double" if self._row_levels and scalar.kind is Kind.FLOAT else SCALAR_TYPES[scalar.kind]
 
     def lanes(self, expr: Expr) -> str:
         """`expr` as a vector."""
@@ -125,6 +145,8 @@ class CppPrinter:
         """The C++ type of a binding."""
         printed = self._variables[binding.name]
         if not printed.lanes:
+            if printed.f64:
+                return "double"
             return "int64" if printed.wide else SCALAR_TYPES[printed.kind]
         if printed.kind is Kind.FLOAT:
             return "floats"
@@ -139,7 +161,7 @@ class CppPrinter:
         """The functions of the operator table that the kernel calls, those that others use first."""
         names = {
             match[1]
-            for expr in _expressions(plan)
+            for expr in _expressions(plan, self._row_levels)
             for node in walk(expr)
             if isinstance(node, Apply) and node.op not in _LOGICAL and node.op != "not"
             if (match := _CALL.fullmatch(OPERATORS[node.op].spelling("cpp", kind_of(node.args[-1]))))
@@ -154,15 +176,24 @@ class CppPrinter:
     def loads_lanes(self, plan: KernelPlan) -> bool:
         """Whether captured tensors are read at an index that differs between queries."""
         return any(
-            isinstance(node, Load) and self._print(node).lanes for expr in _expressions(plan) for node in walk(expr)
+            isinstance(node, Load) and self._print(node).lanes for expr in _expressions(plan, self._row_levels) for node in walk(expr)
         )
 
     # --- expressions ------------------------------------------------------------------------------------------------
 
-    def _define(self, binding: Binding, *, in_key: bool = False) -> None:
+    def _levels(self) -> list[tuple[tuple[Binding, ...], str]]:
+        return _levels(self.plan, self._row_levels)
+
+    def _define(self, binding: Binding, level: str) -> None:
+        """Notes how a binding is read: at the level of keys as a member of `key`, at that of elements as an array."""
+        self._outer = self._row_levels is not None and level in ("call", "position", "element", "position_element")
         printed = self._print(binding.value)
-        text = f"key.{mangle(binding.name)}" if in_key else mangle(binding.name)
-        self._variables[binding.name] = replace(printed, text=text, level=_ATOM)
+        # What is computed per position and element is kept in the type of the elements.
+        f64 = self._outer and binding.kind is Kind.FLOAT and level != "position_element"
+        self._outer = False
+        name = mangle(binding.name)
+        text = {"key": f"key.{name}", "element": f"{name}[d]", "position_element": f"{name}[d]"}.get(level, name)
+        self._variables[binding.name] = replace(printed, text=text, level=_ATOM, f64=f64)
         if binding.kind is not Kind.FLOAT:
             self._ranges[binding.name] = int_range(binding.value, self._dtypes, self._ranges)
 
@@ -177,9 +208,9 @@ class CppPrinter:
             case Size(name=name):
                 return Printed(name, Kind.INT)
             case Parameter(name=name, kind=kind):
-                return Printed(mangle(name), kind)
+                return self._as_real(Printed(mangle(name), kind, f64=self._row_levels is not None))
             case Variable(name=name):
-                return self._variables[name]
+                return self._as_real(self._variables[name])
             case Hole(name=name):
                 return Printed(name, Kind.FLOAT, lanes=True)
             case Load():
@@ -206,7 +237,7 @@ class CppPrinter:
             return Printed(f"{value}{'ll' if wide else ''}", Kind.INT, wide=wide, level=level)
         if value in (float("inf"), float("-inf")):
             return Printed("INFINITY_" if value > 0 else "-INFINITY_", Kind.FLOAT, level=level)
-        return Printed(self.machine.literal(repr(value)), Kind.FLOAT, level=level)
+        return Printed(repr(value) if self._outer else self.machine.literal(repr(value)), Kind.FLOAT, level=level)
 
     def _load(self, load: Load) -> Printed:
         indices = [self._print(index) for index in load.indices]
@@ -282,6 +313,12 @@ class CppPrinter:
         ]
         return Printed(f" {operator} ".join(parts), Kind.BOOL, lanes, level=_LOGIC)
 
+    def _as_real(self, value: Printed) -> Printed:
+        """A value of an outer level as the level at hand computes with it."""
+        if value.kind is not Kind.FLOAT or not value.f64 or self._outer or self.machine.real == "double":
+            return value
+        return replace(value, text=f"real({value.text})", f64=False)
+
     # --- widths and lanes -------------------------------------------------------------------------------------------
 
     def _lanes_are_wide(self, lanes: bool) -> bool:
@@ -326,31 +363,38 @@ def _only(operator: str, text: str) -> bool:
     return found == {operator}
 
 
-def _levels(plan: KernelPlan) -> list[tuple[tuple[Binding, ...], bool]]:
-    """The bindings of a plan, outermost first, and whether they are members of `key`."""
+def _levels(plan: KernelPlan, row_levels: RowLevels | None) -> list[tuple[tuple[Binding, ...], str]]:
+    """The bindings of a plan, outermost first, with the name of their level."""
     match plan:
         case ForwardPlan():
             stages = [s for s in (plan.score, plan.mask, plan.weight) if s is not None]
-            pair = [(stage.bindings, False) for stage in stages]
-            return [(plan.call, False), (plan.head, False), (plan.row, False), (plan.key, True), *pair]
+            pair = [(stage.bindings, "pair") for stage in stages]
+            return [(plan.call, "call"), (plan.head, "head"), (plan.row, "row"), (plan.key, "key"), *pair]
         case RowsPlan():
-            levels = (plan.call, plan.position, plan.position_element, plan.row_values, plan.element.bindings)
-            return [(level, False) for level in levels]
+            assert row_levels is not None
+            return [
+                (plan.call, "call"),
+                (row_levels.elements, "element"),
+                (plan.position, "position"),
+                (row_levels.position_element, "position_element"),
+                (row_levels.row_values, "row"),
+                (row_levels.element.bindings, "staged"),
+            ]
         case TilesPlan():
-            return [(plan.call, False), (plan.head, False)]
+            return [(plan.call, "call"), (plan.head, "head")]
         case _:
             assert_never(plan)
 
 
-def _expressions(plan: KernelPlan) -> list[Expr]:
+def _expressions(plan: KernelPlan, row_levels: RowLevels | None) -> list[Expr]:
     """Every expression that the kernel's template prints."""
-    exprs = [binding.value for bindings, _ in _levels(plan) for binding in bindings]
+    exprs = [binding.value for bindings, _ in _levels(plan, row_levels) for binding in bindings]
     match plan:
         case ForwardPlan():
             exprs += [s.value for s in (plan.score, plan.mask, plan.weight) if s is not None]
             exprs += [plan.scale] if plan.sink is None else [plan.scale, plan.sink]
         case RowsPlan():
-            exprs.append(plan.element.value)
+            exprs.append(row_levels.element.value if row_levels else plan.element.value)
         case TilesPlan():
             pass
         case _:

@@ -115,7 +115,7 @@ def with_uses(names: list[str]) -> list[str]:
 # --- the arguments of a call ----------------------------------------------------------------------------------------
 
 # struct format characters; every slot takes 8 bytes.
-Format = Literal["P", "q", "d"]
+Format = Literal["Q", "q", "d"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ def argument_fields(plan: KernelPlan) -> tuple[Field, ...]:
                 _operand("k", f"const {element}", "(B, HKV, N, D)"),
                 _operand("v", f"const {element}", "(B, HKV, N, E)"),
                 _operand("o", element, "(B, H, M, E)"),
-                Field(f"{real}* lse;", "(B, H, M), contiguous, or null", (("lse", "P"),)),
+                Field(f"{real}* lse;", "(B, H, M), contiguous, or null", (("lse", "Q"),)),
                 *_call_fields(plan),
                 *(
                     Field(f"{table_type(s)} summary_{i};", "", _table_slots(i))
@@ -158,7 +158,7 @@ def argument_fields(plan: KernelPlan) -> tuple[Field, ...]:
             length = "M" if plan.row == "q" else "N"
             return (
                 _operand("x", f"const {element}", f"({'B, H' if plan.row == 'q' else 'B, HKV'}, {length}, {plan.width})"),
-                Field(f"{element}* y;", f"(B, {plan.heads}, {length}, {plan.width}), contiguous", (("y", "P"),)),
+                Field(f"{element}* y;", f"(B, {plan.heads}, {length}, {plan.width}), contiguous", (("y", "Q"),)),
                 *_call_fields(plan),
             )
         case TilesPlan():
@@ -186,7 +186,7 @@ def _call_fields(plan: KernelPlan) -> tuple[Field, ...]:
 
 def _operand(name: str, element: str, shape: str) -> Field:
     strides = tuple[tuple[str, Format], ...]((f"{name}_stride_{axis}", "q") for axis in ("b", "h", "row"))
-    return Field(f"Operand<{element}> {name};", shape, ((name, "P"), *strides))
+    return Field(f"Operand<{element}> {name};", shape, ((name, "Q"), *strides))
 
 
 def _scalar(scalar: ScalarArgument) -> Field:
@@ -197,7 +197,7 @@ def _scalar(scalar: ScalarArgument) -> Field:
 def _tensor(tensor: TensorArgument) -> Field:
     axes = range(tensor.rank)
     slots = (
-        (tensor.name, "P"),
+        (tensor.name, "Q"),
         *((f"{tensor.name}_size_{axis}", "q") for axis in axes),
         *((f"{tensor.name}_stride_{axis}", "q") for axis in axes),
     )
@@ -206,18 +206,22 @@ def _tensor(tensor: TensorArgument) -> Field:
 
 def table_type(summary: Summary) -> str:
     """The C++ type of a summary table."""
-    element = "double" if summary.load.kind is Kind.FLOAT else "int64"
-    return f"Table<{element}, {'LEAST' if summary.op == 'min' else 'GREATEST'}>"
+    return f"Table<{table_element(summary)}, {'LEAST' if summary.op == 'min' else 'GREATEST'}>"
+
+
+def table_element(summary: Summary) -> str:
+    """The C++ type of the entries of a summary table."""
+    return "double" if summary.load.kind is Kind.FLOAT else "int64"
 
 
 def _table_slots(i: int) -> tuple[tuple[str, Format], ...]:
-    return ((f"summary_{i}", "P"), (f"summary_{i}_stride_b", "q"), (f"summary_{i}_stride_h", "q"))
+    return ((f"summary_{i}", "Q"), (f"summary_{i}_stride_b", "q"), (f"summary_{i}_stride_h", "q"))
 
 
 def _list_fields(const: str) -> tuple[Field, ...]:
     return (
-        Field(f"{const}int64* list_offsets;", "where the tiles of each list begin, and the last end", (("list_offsets", "P"),)),
-        Field(f"{const}int* list_entries;", "tile * 2 + full, ascending", (("list_entries", "P"),)),
+        Field(f"{const}int64* list_offsets;", "where the tiles of each list begin, and the last end", (("list_offsets", "Q"),)),
+        Field(f"{const}int* list_entries;", "tile * 2 + full, ascending", (("list_entries", "Q"),)),
         Field("int64 list_stride_b, list_stride_h;", "", (("list_stride_b", "q"), ("list_stride_h", "q"))),
     )
 
