@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal
 
@@ -23,7 +23,7 @@ from attncc.ir.nodes import (
     Summary,
     identity_row,
 )
-from attncc.ir.rewrite import children, map_children, substitute, walk
+from attncc.ir.rewrite import map_children, map_clauses, substitute, walk
 from attncc.ir.types import DType, Kind
 from attncc.passes.blocks import block_structure
 from attncc.passes.simplify import simplify
@@ -50,8 +50,6 @@ from attncc.plan.triton_tiles import choose_tile as choose_triton_tile
 
 # A run-time scalar of the kernel, not of the specification: H // HKV of the call. It stands for the key/value head of
 # a query head where k and v have been written out once per query head, so that the kernel's own HKV is H.
-ExprMap = Callable[[Expr], Expr]
-
 GROUP_SIZE = "group_size"
 
 _PAIR_LEVELS = ("call", "head", "row", "key")
@@ -84,27 +82,6 @@ def specialize(attention: Attention, specialization: Specialization) -> Attentio
         Size("E"): Constant(specialization.head_dim_v),
     }
     return simplify(map_clauses(attention, lambda clause: substitute(clause, sizes)))
-
-
-def map_clauses(attention: Attention, f: ExprMap) -> Attention:
-    """The attention with `f` applied to each of its expressions."""
-    match attention.normalizer:
-        case Softmax(sink=sink):
-            normalizer = Softmax(None if sink is None else f(sink))
-        case Elementwise(weight=weight):
-            normalizer = Elementwise(f(weight))
-        case Sum(weight=weight):
-            normalizer = Sum(f(weight))
-    return replace(
-        attention,
-        q=f(attention.q),
-        k=f(attention.k),
-        v=f(attention.v),
-        scale=f(attention.scale),
-        score=f(attention.score),
-        mask=f(attention.mask),
-        normalizer=normalizer,
-    )
 
 
 def varies_with_head(transform: Expr) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from attncc.ir.nodes import Apply, Constant, Expr, Hole, Index, Load, Parameter, Reduce, Size, Summary, Variable
-from attncc.ir.rewrite import children, kind_of, map_children
+from attncc.ir.rewrite import children, has_free_d, kind_of, map_children
 from attncc.plan.nodes import Binding, Staged
 
 # The innermost level is where the expressions themselves stand; it gets no bindings of its own.
@@ -75,17 +75,6 @@ class Stager:
 def is_trivial(expr: Expr) -> bool:
     """A leaf that costs nothing to name again."""
     return isinstance(expr, Constant | Parameter | Index | Size | Variable | Hole)
-
-
-def has_free_d(expr: Expr) -> bool:
-    """Whether `d` occurs in `expr` outside a `Reduce` that binds it."""
-    match expr:
-        case Index(name="d"):
-            return True
-        case Reduce(size=size):
-            return has_free_d(size)
-        case _:
-            return any(has_free_d(child) for child in children(expr))
 
 
 def share(expr: Expr, taken: set[str]) -> Staged:
