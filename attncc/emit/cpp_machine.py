@@ -120,11 +120,13 @@ Format = Literal["Q", "q", "d"]
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One member of the struct `Arguments`, and the 8-byte slots that it consists of."""
+    """One member of the struct `Arguments`, and the 8-byte slots that it consists of. captured: it belongs to the
+    specification, whose names may be those of the kernel's own arguments."""
 
     declaration: str
     comment: str
     slots: tuple[tuple[str, Format], ...]
+    captured: bool = False
 
 
 def argument_fields(plan: KernelPlan) -> tuple[Field, ...]:
@@ -191,7 +193,7 @@ def _operand(name: str, element: str, shape: str) -> Field:
 
 def _scalar(scalar: ScalarArgument) -> Field:
     ctype, form = ("double", "d") if scalar.kind is Kind.FLOAT else ("int64", "q")
-    return Field(f"{ctype} {mangle(scalar.name)};", "", ((scalar.name, form),))
+    return Field(f"{ctype} {mangle(scalar.name)};", "", ((scalar.name, form),), captured=True)
 
 
 def _tensor(tensor: TensorArgument) -> Field:
@@ -201,7 +203,7 @@ def _tensor(tensor: TensorArgument) -> Field:
         *((f"{tensor.name}_size_{axis}", "q") for axis in axes),
         *((f"{tensor.name}_stride_{axis}", "q") for axis in axes),
     )
-    return Field(f"Tensor<{ELEMENT_TYPES[tensor.dtype]}, {tensor.rank}> {mangle(tensor.name)};", "", slots)
+    return Field(f"Tensor<{ELEMENT_TYPES[tensor.dtype]}, {tensor.rank}> {mangle(tensor.name)};", "", slots, captured=True)
 
 
 def table_type(summary: Summary) -> str:

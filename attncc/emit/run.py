@@ -13,7 +13,8 @@ from attncc.emit.render import fill
 from attncc.ir.nodes import Summary
 from attncc.ir.types import Kind
 from attncc.passes.variance import variance
-from attncc.plan.nodes import KernelPlan, Program, RowsPlan, TensorArgument
+from attncc.plan.build import GROUP_SIZE
+from attncc.plan.nodes import KernelPlan, Program, RowsPlan
 
 
 def render_run(program: Program, templates: Sequence[Path] = ()) -> str:
@@ -27,6 +28,7 @@ def _filters(program: Program) -> Mapping[str, Callable[..., object]]:
         "arguments": lambda plan: cpp_arguments(program, plan),
         "first_line": lambda text: text.strip().split("\n", 1)[0],
         "table_tiles": table_tiles,
+        "list_batch_and_heads": lambda blocks: ("B" if blocks.per_batch else "1", "H" if blocks.per_head else "1"),
         "table_dtype": lambda summary: "float64" if summary.load.kind is Kind.FLOAT else "int64",
         "table_heads": lambda summary: _batch_and_head(variance(summary.load)),
     }
@@ -37,57 +39,36 @@ def _slots(plan: KernelPlan) -> list[tuple[str, str]]:
 
 
 def cpp_arguments(program: Program, plan: KernelPlan) -> list[str]:
-    """A Python expression, over the locals of `run`, for each 8-byte slot of a kernel's arguments."""
-    known = _operand_expressions(plan) | _common_expressions(program, plan)
-    captured: dict[str, str] = {scalar.name: f'inputs["{scalar.name}"]' for scalar in plan.scalars}
-    captured["group_size"] = "H // HKV"
+    """Python expressions, over the locals of `run`, for the 8-byte slots of a kernel's arguments: one per field."""
+    captured = {scalar.name: f'inputs["{scalar.name}"]' for scalar in plan.scalars} | {GROUP_SIZE: "H // HKV"}
     for tensor in plan.tensors:
-        captured |= _tensor_expressions(tensor)
-    expressions: list[str] = []
-    for field in argument_fields(plan):
-        # Names of the specification and of the kernel may be the same; the captured ones have their own fields.
-        own = known if field.slots[0][0] in known and not _is_captured(field.slots[0][0], field.declaration) else captured
-        expressions += [own[name] for name, _ in field.slots]
-    return expressions
+        name = f'inputs["{tensor.name}"]'
+        captured[tensor.name] = f"{name}.data_ptr()" + (f", *{name}.shape, *{name}.stride()" if tensor.rank else "")
+    own = _operands(plan) | _sizes(program, plan)
+    # The specification may use a name that the kernel uses too.
+    return [(captured if field.captured else own)[field.slots[0][0]] for field in argument_fields(plan)]
 
 
-def _is_captured(name: str, declaration: str) -> bool:
-    return declaration.startswith("Tensor<") or declaration.split(" ", 1)[0] in ("double", "int64") and (
-        "," not in declaration and name != "num_threads"
-    )
+def _operands(plan: KernelPlan) -> dict[str, str]:
+    if isinstance(plan, RowsPlan):
+        return {"x": _operand(plan.row), "y": f"{plan.row}_rows.data_ptr()"}
+    return {name: _operand(name) for name in "qkvo"} | {"lse": "0 if lse is None else lse.data_ptr()"}
 
 
-def _operand_expressions(plan: KernelPlan) -> dict[str, str]:
-    operands = {"x": plan.row, "y": f"{plan.row}_rows"} if isinstance(plan, RowsPlan) else {n: n for n in "qkvo"}
-    expressions: dict[str, str] = {"lse": "0 if lse is None else lse.data_ptr()"}
-    for slot, local in operands.items():
-        expressions[slot] = f"{local}.data_ptr()"
-        for axis, name in enumerate(("b", "h", "row")):
-            expressions[f"{slot}_stride_{name}"] = f"{local}.stride({axis})"
-    return expressions
+def _operand(name: str) -> str:
+    return f"{name}.data_ptr(), *{name}.stride()[:3]"
 
 
-def _common_expressions(program: Program, plan: KernelPlan) -> dict[str, str]:
-    names = ("B", "H", "HKV", "M", "N", "q_offset", "num_threads", "list_stride_b", "list_stride_h")
-    expressions = {name: name for name in names}
+def _sizes(program: Program, plan: KernelPlan) -> dict[str, str]:
+    heads_kv = "HKV" if isinstance(plan, RowsPlan) else program.operand_heads
+    expressions = {"B": f"B, H, {heads_kv}, M, N, q_offset", "num_threads": "num_threads"}
     if not isinstance(plan, RowsPlan):
-        expressions["HKV"] = program.operand_heads
         for number in range(len(plan.blocks.summaries)):
-            table = f"summary_{number}"
-            expressions[table] = f"{table}.data_ptr()"
-            for axis, name in enumerate(("b", "h")):
-                # One entry for all batches or heads: every one reads the same.
-                expressions[f"{table}_stride_{name}"] = f"{table}.stride({axis}) if {table}.shape[{axis}] > 1 else 0"
-    return expressions | {name: f"{name}.data_ptr()" for name in ("list_offsets", "list_entries")}
-
-
-def _tensor_expressions(tensor: TensorArgument) -> dict[str, str]:
-    name = f'inputs["{tensor.name}"]'
-    return {
-        tensor.name: f"{name}.data_ptr()",
-        **{f"{tensor.name}_size_{axis}": f"{name}.shape[{axis}]" for axis in range(tensor.rank)},
-        **{f"{tensor.name}_stride_{axis}": f"{name}.stride({axis})" for axis in range(tensor.rank)},
-    }
+            expressions[f"summary_{number}"] = f"*table(summary_{number})"
+        expressions["list_offsets"] = "list_offsets.data_ptr()"
+        expressions["list_entries"] = "0 if list_entries is None else list_entries.data_ptr()"
+        expressions["list_stride_b"] = "list_stride_b, list_stride_h"
+    return expressions
 
 
 def table_tiles(summary: Summary, program: Program) -> str:
