@@ -19,9 +19,9 @@ from attncc.runtime.arguments import DTYPES
 from attncc.timing import Timing, alternate
 
 PEERS: dict[str, tuple[str, Callable[[Attention, Call], Peer]]] = {
-    "eager": ("eager PyTorch formula", eager_formula),
-    "sdpa": ("PyTorch scaled_dot_product_attention", sdpa),
-    "flex": ("compiled FlexAttention", flex),
+    "eager": ("PyTorch, eager formula", eager_formula),
+    "sdpa": ("PyTorch SDPA", sdpa),
+    "flex": ("FlexAttention, compiled", flex),
 }
 OWN = "attncc"
 
@@ -96,11 +96,10 @@ def bench(
     on_cpu = call.q.device.type == "cpu"
     top = peak(call.q.dtype, compiler) if compiler is not None and on_cpu else None
     own = timings[OWN].median
-    rows = [
-        _row(name, timings.get(name), own, operations, top, notes.get(name, "")) for name in (OWN, *against)
-    ]
+    rows = [_row(name, timings.get(name), own, operations, top, notes.get(name, "")) for name in (OWN, *against)]
     batch, heads, queries, width = call.q.shape
-    shape = dict(zip("B H HKV M N D E".split(), (batch, heads, *call.k.shape[1:2], queries, call.k.shape[2], width, call.v.shape[3]), strict=True))
+    _, heads_kv, keys, width_v = call.v.shape
+    shape = {"B": batch, "H": heads, "HKV": heads_kv, "M": queries, "N": keys, "D": width, "E": width_v}
     return Result(
         attention=attention.name,
         shape=shape,
@@ -143,9 +142,8 @@ def _row(name: str, timing: Timing | None, own: float, operations: int, top: flo
     if timing is None:
         return Row(name, title, None, None, None, None, note)
     rate = operations / timing.median
-    disturbed = "" if timing.undisturbed else "other work on the machine disturbed every sample"
     share = None if top is None else rate / top
-    return Row(name, title, timing, timing.median / own, rate / 1e9, share, note or disturbed)
+    return Row(name, title, timing, timing.median / own, rate / 1e9, share, note)
 
 
 def table(result: Result) -> Table:
@@ -161,14 +159,19 @@ def table(result: Result) -> Table:
         if row.timing is None:
             out.add_row(row.title, "", "", "", "", row.note, style="dim")
             continue
+        mark = "" if row.timing.undisturbed else " *"
         share = "" if row.peak_share is None else f"{row.peak_share:.0%}"
         ratio = "" if row.name == OWN else f"{row.ratio:.2f}x the time"
         out.add_row(
-            row.title, f"{row.timing.median * 1e3:.3f}", ratio, f"{row.gflops:.0f}", share, row.note,
+            row.title, f"{row.timing.median * 1e3:.3f}{mark}", ratio, f"{row.gflops:.0f}", share, row.note,
             style="bold" if row.name == OWN else "",
         )  # fmt: skip
+    remarks = ["GFLOP/s of unmasked pairs"]
     if result.peak_gflops is not None:
-        out.caption = f"GFLOP/s of unmasked pairs; peak of the registers: {result.peak_gflops:.0f} GFLOP/s"
+        remarks.append(f"peak of the registers: {result.peak_gflops:.0f} GFLOP/s")
+    if any(row.timing is not None and not row.timing.undisturbed for row in result.rows):
+        remarks.append("* disturbed by other work on the machine")
+    out.caption = "; ".join(remarks)
     return out
 
 

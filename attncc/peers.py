@@ -117,6 +117,7 @@ def flex(attention: Attention, call: Call) -> Peer:
     # Its own scale where that is a number, else a factor within the score function.
     scale = torch_value(attention.scale, env)
     factor = None if scale.numel() == 1 else writer.text(attention.scale)
+    own_scale = float(scale) if factor is None else 1.0
     score_mod = None
     if attention.score != Hole("qk") or factor is not None:
         body = score_text if factor is None else f"(lambda qk: {score_text})(qk * {factor})"
@@ -129,11 +130,13 @@ def flex(attention: Attention, call: Call) -> Peer:
             v,
             score_mod=score_mod,
             block_mask=block_mask,
-            scale=float(scale) if factor is None else 1.0,
+            scale=own_scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
 
-    compiled = torch.compile(formula)
+    # The ninth function compiled in a process would run uncompiled, without a word that a caller could see.
+    torch.compiler.reset()
+    compiled = torch.compile(formula, fullgraph=True)
     if all(getattr(attention, row) == identity_row(row) for row in ("q", "k", "v")):
         return lambda: compiled(call.q, call.k, call.v)
     return lambda: compiled(*transform(attention, call.q, call.k, call.v, env))

@@ -18,7 +18,7 @@ _ROUNDS_PER_SAMPLE = 5
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds. `undisturbed`: enough samples were free of involuntary context switches, and only they count."""
+    """Seconds. `undisturbed`: only samples count that no other work on the machine disturbed."""
 
     median: float
     best: float
@@ -34,10 +34,11 @@ def alternate(
 ) -> dict[str, Timing]:
     """Median times of the functions, run in turn, so that a change of the machine's mood meets all alike.
 
-    With one torch thread the clock is that thread's processor time, which other work on the machine does not stretch;
-    else the wall clock. `tick` is called with a function's name after each of its counted samples.
+    With one torch thread the clock is that thread's processor time, which other work on the machine does not stretch,
+    and every sample counts; else the wall clock. `tick` is called with a function's name after each counted sample.
     """
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    alone = torch.get_num_threads() == 1
+    clock = time.thread_time if alone else time.perf_counter
     for function in functions.values():
         for _ in range(warmup):
             function()
@@ -52,7 +53,7 @@ def alternate(
             start = clock()
             functions[name]()
             seconds = clock() - start
-            if _involuntary_switches() - switches <= seconds / _TOLERANCE:
+            if alone or _involuntary_switches() - switches <= seconds / _TOLERANCE:
                 clean[name].append(seconds)
                 tick(name)
             else:

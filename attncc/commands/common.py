@@ -138,13 +138,15 @@ def say(text: str) -> None:
 
 
 def progress() -> Progress:
-    """A progress bar on stderr, gone when it is done."""
+    """A progress bar on stderr, gone when it is done; none where nobody watches."""
+    console = Console(stderr=True)
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,
     )

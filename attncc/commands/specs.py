@@ -11,6 +11,8 @@ from attncc.build import read
 from attncc.commands.common import constant_names, load, say, write
 from attncc.diagnostics import AttnError, CallError, explain_code
 from attncc.errors import UnknownCode
+from attncc.ir.types import DType
+from attncc.runtime.arguments import TORCH_DTYPES
 from attncc.syntax import format_source, parse
 
 
@@ -67,8 +69,9 @@ def explain(arguments: argparse.Namespace) -> int:
     loaded = load(what, arguments.name, dict(arguments.set))
     attn = loaded.compiled(arguments.target, arguments.templates)
     if arguments.png is None:
-        head_dim_qk, head_dim_v = arguments.head_dim
-        print(attn.explain(dtype=arguments.dtype, head_dim_qk=head_dim_qk, head_dim_v=head_dim_v))
+        head_dim, head_dim_v = arguments.head_dim
+        dtype = TORCH_DTYPES[DType(arguments.dtype)]
+        print(attn.explain(dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v))
         return 0
     from attncc.commands.drawing import draw
 

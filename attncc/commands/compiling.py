@@ -1,0 +1,94 @@
+"""`emit` and `build`: the stages of the compiler, and kernels ahead of time."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from attncc.build import read
+from attncc.commands.common import Loaded, load, say, write
+from attncc.commands.tree import dump
+from attncc.inputs import element_type
+from attncc.ir.text import to_text
+from attncc.ir.types import DType
+from attncc.plan.nodes import Specialization, Target
+from attncc.runtime.arguments import TORCH_DTYPES
+from attncc.runtime.call import CompiledAttention
+from attncc.runtime.cpp import compile_kernel
+from attncc.runtime.targets import parse as parse_target
+from attncc.runtime.triton_aot import Resources, compile_ahead
+from attncc.syntax import parse
+
+
+def emit(arguments: argparse.Namespace) -> int:
+    """Prints a stage, or writes it to the file that -o names."""
+    loaded = load(arguments.file, arguments.name, dict(arguments.set))
+    if arguments.standalone:
+        from attncc.standalone import standalone
+
+        attn, specialization, target = _chosen(loaded, arguments)
+        files = standalone(attn, specialization, target)
+        return _put(files, arguments.output)
+    text = _stage(arguments.stage, loaded, arguments)
+    if arguments.output is None:
+        print(text.rstrip("\n"))
+    else:
+        write(arguments.output, text.rstrip("\n") + "\n")
+    return 0
+
+
+def _stage(stage: str, loaded: Loaded, arguments: argparse.Namespace) -> str:
+    match stage:
+        case "ast":
+            return dump(parse(read(Path(loaded.path))))
+        case "ir":
+            return to_text(loaded.attention)
+        case _:
+            attn, specialization, target = _chosen(loaded, arguments)
+            program, sources, _ = attn.sources(specialization, target)
+            return dump(program) if stage == "plan" else "\n".join(sources)
+
+
+def _put(files: dict[str, str], output: Path | None) -> int:
+    """Files of a standalone kernel: printed where there is one and no place to write it to."""
+    if output is None and len(files) == 1:
+        print(next(iter(files.values())).rstrip("\n"))
+        return 0
+    folder = output or Path()
+    for name, text in files.items():
+        path = folder if len(files) == 1 and folder.suffix else folder / name
+        write(path, text)
+        say(f"wrote {path}")
+    return 0
+
+
+def _chosen(loaded: Loaded, arguments: argparse.Namespace) -> tuple[CompiledAttention, Specialization, Target]:
+    """What the options --target, --dtype and --head-dim ask for."""
+    attn = loaded.compiled(arguments.target, arguments.templates)
+    dtype = DType(arguments.dtype)
+    tensors = tuple((p.name, element_type(p, TORCH_DTYPES[dtype])) for p in loaded.attention.tensors)
+    head_dim_qk, head_dim_v = arguments.head_dim
+    folders = tuple(Path(folder) for folder in arguments.templates)
+    return attn, Specialization(dtype, head_dim_qk, head_dim_v, tensors), parse_target(arguments.target, folders)
+
+
+def build(arguments: argparse.Namespace) -> int:
+    """Compiles every kernel into a folder: a shared library for C++, cubin or hsaco with a description for Triton."""
+    loaded = load(arguments.file, arguments.name, dict(arguments.set))
+    attn, specialization, target = _chosen(loaded, arguments)
+    program, sources, launcher = attn.sources(specialization, target)
+    folder: Path = arguments.output
+    write(folder / f"{loaded.attention.name}_run.py", launcher)
+    for plan, source in zip(program.kernels, sources, strict=True):
+        if target.backend == "cpp":
+            print(f"{plan.name}: {compile_kernel(plan, source, folder).path}")
+            continue
+        for function, resources in compile_ahead(plan, source, target.arch, out=folder).items():
+            print(f"{function}: {_text(resources)}")
+    print(f"written to {folder}")
+    return 0
+
+
+def _text(resources: Resources) -> str:
+    text = f"{resources.registers} registers, {resources.shared} bytes of shared memory"
+    return text + (f", {resources.spilled} bytes spilled" if resources.spilled else ", no spills")
