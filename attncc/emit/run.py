@@ -10,6 +10,7 @@ from pathlib import Path
 
 from attncc.emit.cpp_machine import CLASSIFIED_KEYS, argument_fields
 from attncc.emit.render import fill
+from attncc.emit.triton import block_rows
 from attncc.ir.nodes import Summary
 from attncc.ir.types import Kind
 from attncc.passes.variance import variance
@@ -26,7 +27,9 @@ def _filters(program: Program) -> Mapping[str, Callable[..., object]]:
     return {
         "struct_format": lambda plan: "".join(form for _, form in _slots(plan)),
         "arguments": lambda plan: cpp_arguments(program, plan),
-        "first_line": lambda text: text.strip().split("\n", 1)[0],
+        "first_line": first_line,
+        "captured_arguments": triton_captured,
+        "block_rows": block_rows,
         "table_tiles": table_tiles,
         "list_batch_and_heads": lambda blocks: ("B" if blocks.per_batch else "1", "H" if blocks.per_head else "1"),
         "table_dtype": lambda summary: "float64" if summary.load.kind is Kind.FLOAT else "int64",
@@ -69,6 +72,18 @@ def _sizes(program: Program, plan: KernelPlan) -> dict[str, str]:
         expressions["list_entries"] = "0 if list_entries is None else list_entries.data_ptr()"
         expressions["list_stride_b"] = "list_stride_b, list_stride_h"
     return expressions
+
+
+def triton_captured(plan: KernelPlan) -> str:
+    """The captured tensors and scalars that a Triton kernel takes, as Python over the locals of `run`."""
+    tensors = [f'*captured(inputs["{tensor.name}"]), ' for tensor in plan.tensors]
+    scalars = [f'inputs["{s.name}"], ' if s.name != GROUP_SIZE else "H // HKV, " for s in plan.scalars]
+    return "".join((*tensors, *scalars)).rstrip()
+
+
+def first_line(text: str) -> str:
+    """The first line of a docstring."""
+    return text.strip().split("\n", 1)[0]
 
 
 def table_tiles(summary: Summary, program: Program) -> str:

@@ -32,7 +32,7 @@ MakeSources = Callable[[Attention, Specialization, Target, Sequence[Path]], Sour
 class CompiledAttention:
     """An attention variant that can be called. Made by `attncc.build`.
 
-    attention: its IR. text: its specification. Kernels are compiled at the first call of each combination of element
+    attention: its IR. text: its specification. templates: folders of templates that come before the project's own. Kernels are compiled at the first call of each combination of element
     types and head dimensions; lengths, batch, heads and run-time scalars never compile anything.
     """
 
@@ -48,7 +48,7 @@ class CompiledAttention:
         self.text = text
         self._signature = Signature(attention)
         self._target = target
-        self._templates = tuple(templates)
+        self.templates = tuple(templates)
         self._make_sources = make_sources
         self._has_lse = not isinstance(attention.normalizer, Elementwise)
         self._programs: dict[object, CompiledProgram] = {}
@@ -131,18 +131,18 @@ class CompiledAttention:
         """The plans of one specialization, their sources, and that of the module that launches them; from the cache
         folder where they have been made before."""
         target = target or self._default_target()
-        files = [(str(path), path.stat().st_mtime_ns) for folder in self._templates for path in sorted(folder.rglob("*"))]
+        files = [(str(path), path.stat().st_mtime_ns) for folder in self.templates for path in sorted(folder.rglob("*"))]
         key = cache.key_of(
             "program", cache.compiler_fingerprint(), to_text(self.attention), specialization, target, files
         )
         return cache.remember(
-            key, lambda: self._make_sources(self.attention, specialization, target, self._templates)
+            key, lambda: self._make_sources(self.attention, specialization, target, self.templates)
         )
 
     def _default_target(self) -> Target:
         if self._target is not None:
-            return parse(self._target, self._templates)
-        return resolve(None, torch.device("cpu"), self._templates)
+            return parse(self._target, self.templates)
+        return resolve(None, torch.device("cpu"), self.templates)
 
     def _specialization(self, dtype: torch.dtype, head_dim: int, head_dim_v: int | None) -> Specialization:
         tensors = tuple((p.name, preferred_dtype(p)) for p in self.attention.tensors)
@@ -153,7 +153,7 @@ class CompiledAttention:
         specialization = Specialization(DTYPES[q.dtype], bound.sizes.D, bound.sizes.E, tensors)
         with self._lock:
             if key not in self._programs:
-                target = resolve(self._target, q.device, self._templates)
+                target = resolve(self._target, q.device, self.templates)
                 sources = self.sources(specialization, target)
                 self._built[specialization, target] = sources
                 self._programs[key] = compile_program(*sources, cache.folder())

@@ -1,0 +1,74 @@
+"""Standalone files run where attncc cannot be imported, and say the same as attncc."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import attncc
+from attncc.inputs import captured_tensors, operands
+from attncc.plan.nodes import Specialization
+from attncc.runtime.arguments import DTYPES, Sizes
+from attncc.runtime.targets import parse
+from attncc.standalone import standalone
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SIZES = Sizes(2, 4, 2, 70, 90, 32, 16)
+
+PROGRAM = """
+import sys
+sys.modules["attncc"] = None  # importing it fails
+import torch
+sys.path.insert(0, sys.argv[1])
+inputs = torch.load(sys.argv[2])
+function = getattr(__import__(sys.argv[3]), sys.argv[3])
+q, k, v, more = inputs["q"], inputs["k"], inputs["v"], inputs["more"]
+torch.save(function(q, k, v, **more, return_lse=True), sys.argv[4])
+"""
+
+
+@pytest.mark.parametrize("target", ["cpp", "triton:interpret"])
+@pytest.mark.parametrize("example", ["sliding_window", "document_causal", "yarn"])
+def test_a_standalone_file_runs_without_attncc(example: str, target: str, tmp_path: Path) -> None:
+    attn = attncc.build(EXAMPLES / f"{example}.attn", target=target)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = operands(SIZES, torch.float32, generator)
+    more: dict[str, object] = dict(captured_tensors(attn.attention, SIZES, torch.float32, generator))
+    more |= {p.name: 20 for p in attn.attention.scalars if p.default is None}
+    tensors = tuple((name, DTYPES[x.dtype]) for name, x in more.items() if isinstance(x, torch.Tensor))
+    specialization = Specialization(DTYPES[q.dtype], SIZES.D, SIZES.E, tensors)
+    for name, text in standalone(attn, specialization, parse(target)).items():
+        (tmp_path / name).write_text(text)
+    torch.save({"q": q, "k": k, "v": v, "more": more}, tmp_path / "inputs.pt")
+
+    arguments = [str(tmp_path), str(tmp_path / "inputs.pt"), example, str(tmp_path / "out.pt")]
+    environment = {**os.environ, **({"TRITON_INTERPRET": "1"} if target.startswith("triton") else {})}
+    subprocess.run([sys.executable, "-c", PROGRAM, *arguments], check=True, env=environment)
+
+    o, lse = torch.load(tmp_path / "out.pt")
+    expected, expected_lse = attn(q, k, v, **more, return_lse=True)
+    torch.testing.assert_close(o, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-5)
+
+
+def test_a_standalone_function_refuses_what_it_was_not_made_for(tmp_path: Path) -> None:
+    attn = attncc.build(EXAMPLES / "causal.attn", target="cpp")
+    specialization = Specialization(DTYPES[torch.float32], 32, 16)
+    for name, text in standalone(attn, specialization, parse("cpp")).items():
+        (tmp_path / name).write_text(text)
+    namespace: dict[str, object] = {"__file__": str(tmp_path / "causal.py")}
+    exec((tmp_path / "causal.py").read_text(), namespace)
+    causal = namespace["causal"]
+    assert callable(causal)
+    q, k, v = operands(SIZES, torch.float32, torch.Generator())
+    with pytest.raises(ValueError, match="do not fit"):
+        causal(q[..., :8], k, v)
+    with pytest.raises(TypeError, match="float32"):
+        causal(q.half(), k.half(), v.half())
+    with pytest.raises(RuntimeError, match="no gradients"):
+        causal(q.requires_grad_(), k, v)
