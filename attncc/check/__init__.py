@@ -70,20 +70,21 @@ def _loaded(source: Source, reporter: Reporter) -> Module:
 
 def _chosen(module: Module, name: str | None, reporter: Reporter) -> nodes.Attention | None:
     attentions = module.file.attentions
-    names = ", ".join(f"`{attention.name}`" for attention in attentions)
+    distinct = list(dict.fromkeys(attention.name for attention in attentions))
+    names = ", ".join(f"`{each}`" for each in distinct)
     if not attentions:
         reporter.report(_no_attention(module))
         return None
-    if name is None and len(attentions) > 1:
-        span = attentions[1].name_span
-        reporter.report(WhichAttention(span, f"the file defines {len(attentions)} attentions", names))
+    if name is None and len(distinct) > 1:
+        span = next(attention.name_span for attention in attentions if attention.name == distinct[1])
+        reporter.report(WhichAttention(span, f"the file defines {len(distinct)} attentions", names))
         return None
     if name is None:
         return attentions[0]
     for attention in attentions:
         if attention.name == name:
             return attention
-    near = suggest.nearest(name, [attention.name for attention in attentions])
+    near = suggest.nearest(name, distinct)
     reporter.report(WhichAttention(None, f"there is no attention `{name}`" + (f"; {near}" if near else ""), names))
     return None
 

@@ -16,7 +16,7 @@ from attncc.check.parameters import Declarations
 from attncc.check.reporter import Reporter
 from attncc.check.type_errors import BadNormalize, NeedsRow, RowSizes, SoftmaxMisplaced
 from attncc.check.values import UNKNOWN, Unknown, Value, apply, constant, size_text, size_value
-from attncc.check.world import LATER_CLAUSES, ROWS, reserved
+from attncc.check.world import LATER_CLAUSES, ROWS, WORLD, reserved
 from attncc.diagnostics import Label
 from attncc.ir.nodes import (
     Attention,
@@ -133,6 +133,8 @@ class _Body:
         why = reserved(let.name)
         if why:
             self.reporter.report(ReservedName(let.name_span, let.name, why))
+            if let.name not in WORLD:
+                scope.values[let.name] = UNKNOWN
         elif let.name in scope.declared:
             first = Label(scope.declared[let.name], "the first one")
             mend = "give each value its own name"

@@ -55,6 +55,10 @@ _UNARY = {"not": "not", "-": "neg", "~": "bit_not"}
 _COMPARE = {"==": "eq", "!=": "ne", "<": "lt", "<=": "le", ">": "gt", ">=": "ge"}
 
 
+# Expressions that are evaluated for one spec, expanded definitions among them.
+MAX_STEPS = 100_000
+
+
 @dataclass(slots=True)
 class Scope:
     """What names mean in one attention, or in the body of one definition.
@@ -84,8 +88,13 @@ class Evaluator(Kinds):
         """What the expression means; `UNKNOWN` where it has an error."""
         self.depth += 1
         try:
+            self.reporter.steps += 1
             if self.depth > MAX_DEPTH:
                 raise self.fail(TooLarge(node.span, "this expression", f"more than {MAX_DEPTH} levels deep"))
+            if self.reporter.steps == MAX_STEPS:
+                self.fail(TooLarge(node.span, "this spec", f"more than {MAX_STEPS:,} expressions"))
+            if self.reporter.steps >= MAX_STEPS:
+                raise Failed
             return self._evaluate(node)
         except Failed:
             return UNKNOWN
@@ -297,7 +306,7 @@ class Evaluator(Kinds):
 
     def _wrong_count(self, tensor: Tensor, node: nodes.Subscript, slices: int) -> Diagnostic:
         axes = len(tensor.parameter.shape)
-        found = f"{len(node.indices) - slices} index{'es' if len(node.indices) - slices != 1 else ''}"
+        found = f"{len(node.indices) - slices} ind{'ices' if len(node.indices) - slices != 1 else 'ex'}"
         found += f" and {slices} `:`" if slices else ""
         related = () if tensor.parameter.span is None else (Label(tensor.parameter.span, "declared here"),)
         name = tensor.parameter.name

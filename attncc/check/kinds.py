@@ -148,7 +148,8 @@ class Kinds:
         return bool(value.expr.value)
 
     def wrong_kind(self, found: Kind, expected: frozenset[Kind], span: Span, role: str) -> Diagnostic:
-        return WrongKind(span, role, expected_text(expected), KIND_NAMES[found], kind_hint(found, expected, span.text))
+        hint = kind_hint(found, expected, span.text, role)
+        return WrongKind(span, role, expected_text(expected), KIND_NAMES[found], hint)
 
     def apply(self, op: str, operands: Sequence[tuple[Value, Span]], span: Span, role: str) -> Value:
         """An operator of the table on its operands; a misfit is reported at the operand that is to blame."""
@@ -221,22 +222,24 @@ def is_static(expr: Expr) -> bool:
 
 
 def expected_text(expected: frozenset[Kind]) -> str:
-    if expected >= {Kind.INT, Kind.FLOAT}:
-        return "a number"
+    if Kind.FLOAT in expected:
+        return "a number"  # An int is made a float.
     return " or ".join(KIND_NAMES[kind] for kind in sorted(expected, key=lambda kind: kind.value))
 
 
-def kind_hint(found: Kind, expected: frozenset[Kind], text: str) -> str:
+def kind_hint(found: Kind, expected: frozenset[Kind], text: str, role: str) -> str:
     """What to write instead."""
     short = text if len(text) <= 30 and "\n" not in text else "x"
     match found, expected:
         case Kind.BOOL, _:
-            return f"`{short} and …` combines bools; `int({short})` makes 0 or 1 of one"
+            return f"choose by it: `x if {short} else y`; `int({short})` makes 0 or 1 of it"
         case Kind.INT, _ if Kind.BOOL in expected:
             return f"compare it: `{short} != 0`"
         case Kind.FLOAT, _ if Kind.BOOL in expected:
             return f"compare it: `{short} > 0.0`"
         case Kind.FLOAT, _ if Kind.INT in expected:
+            if role.endswith("`//`"):
+                return "`floor(x / y)` divides floats and rounds down"
             if "/" in text and "//" not in text:
                 return "`//` divides ints and rounds down; `/` makes a float"
             return f"`int({short})` drops the fraction"

@@ -15,7 +15,7 @@ from attncc.check.name_errors import Duplicate, MissingConstant, ReservedName, U
 from attncc.check.reporter import Reporter
 from attncc.check.type_errors import BadConstant, BadDefault, BadShape, BadType
 from attncc.check.values import UNKNOWN, Tensor, Unknown, Value, constant
-from attncc.check.world import reserved
+from attncc.check.world import WORLD, reserved
 from attncc.diagnostics import Label
 from attncc.ir.nodes import Constant, Expr, Parameter, ScalarParameter, TensorParameter
 from attncc.ir.types import FLOATS, INTS, DType, Kind
@@ -81,7 +81,10 @@ class Declarations:
         why = reserved(name)
         if why:
             self.reporter.report(ReservedName(parameter.name_span, name, why))
-            return name not in self.scope.declared and False
+            if name not in WORLD:
+                # Its uses are not to blame.
+                self.scope.values[name] = UNKNOWN
+            return False
         if name in self.scope.declared:
             first = Label(self.scope.declared[name], "the first one")
             mend = "give each parameter its own name"

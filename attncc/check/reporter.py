@@ -30,6 +30,8 @@ class Reporter:
         self.errors: list[Diagnostic] = []
         self.refused: set[Span] = set()
         self.expansions: list[Expansion] = []
+        # Expressions evaluated so far: definitions that use each other twice make exponentially many.
+        self.steps = 0
 
     def report(self, diagnostic: Diagnostic) -> None:
         self.errors.append(self._placed(diagnostic))

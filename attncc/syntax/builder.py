@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import textwrap
 from typing import TYPE_CHECKING, Any, cast
 
 from attncc.diagnostics import Diagnostic
@@ -100,8 +99,7 @@ class Builder:
             case _:
                 keyword: Token = tree.children[0]
                 column = self.source.position(span.start)[1] - 1
-                text = textwrap.dedent(" " * column + span.text)
-                text = "\n".join(line.rstrip() for line in text.split("\n"))
+                text = "\n".join(_outdented(line, column) for line in span.text.split("\n"))
                 return nodes.Later(str(keyword), text, span, self._span(keyword))
 
     def expression(self, tree: Tree[Any], depth: int = 0) -> nodes.Expression:
@@ -199,6 +197,11 @@ class Builder:
     def _line_span(self, tree: Tree[Any]) -> Span:
         """The span of a statement or a definition, without the line break and whatever blank comes after it."""
         return Span(self.source, tree.meta.start_pos, _end(tree))
+
+
+def _outdented(line: str, columns: int) -> str:
+    """The line without the blanks of its first columns (a comment may have fewer) and those at its end."""
+    return line.removeprefix(line[:columns]).rstrip() if line[:columns].isspace() else line.strip()
 
 
 def clean_doc(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from attncc.syntax import nodes
@@ -14,6 +15,7 @@ from attncc.syntax.printer import (
     doc_lines,
     header_lines,
     item_lines,
+    name_widths,
     statement_lines,
 )
 
@@ -46,7 +48,9 @@ class Comment:
 def format_source(source: Source) -> str:
     """The text of a file as `attncc fmt` writes it. Raises `SpecError` where it cannot be read."""
     file = parse(source)
-    pieces = [piece for item in file.items for piece in _pieces(item)]
+    pieces: list[Piece] = []
+    for i, item in enumerate(file.items):
+        pieces += _pieces(item, source.text, new_sort=i > 0 and type(item) is not type(file.items[i - 1]))
     comments = [
         Comment(part.start, part.end, part.text.rstrip())
         for part in parts(source.text)
@@ -55,20 +59,27 @@ def format_source(source: Source) -> str:
     return _Weaver(source.text, comments).weave(pieces)
 
 
-def _pieces(item: nodes.Item) -> list[Piece]:
+def _pieces(item: nodes.Item, text: str, *, new_sort: bool) -> list[Piece]:
+    """The pieces of an item; `new_sort` where the one before it is of another sort."""
     match item:
         case nodes.Attention(body=body, doc=doc, doc_span=doc_span):
             pieces = [_piece(item.header_span, header_lines(item), apart=True)]
             if doc is not None and doc_span is not None:
                 pieces.append(_piece(doc_span, doc_lines(doc), INDENT, joined=True))
-            for i, statement in enumerate(body):
+            ends = [item.header_span.end, *(statement.span.end for statement in body)]
+            # Comments inside a statement come to stand above it.
+            adjoining = [
+                text.count("\n", end, statement.span.start) == 1 and "#" not in statement.span.text
+                for end, statement in zip(ends, body, strict=False)
+            ]
+            for i, (statement, width) in enumerate(zip(body, name_widths(body, adjoining), strict=True)):
                 first = i == 0 and doc is None
-                pieces.append(_piece(statement.span, statement_lines(statement), INDENT, joined=first))
+                pieces.append(_piece(statement.span, statement_lines(statement, width), INDENT, joined=first))
             return pieces
         case nodes.Define():
-            return [_piece(item.span, define_lines(item))]
+            return [_piece(item.span, define_lines(item), apart=new_sort)]
         case nodes.Use():
-            return [_piece(item.span, item_lines(item))]
+            return [_piece(item.span, item_lines(item), apart=new_sort)]
 
 
 def _piece(span: Span, lines: list[str], indent: str = "", *, apart: bool = False, joined: bool = False) -> Piece:
@@ -101,10 +112,11 @@ class _Weaver:
             leading = self._take(piece.start)
             inner = self._take(piece.end)
             trailing = self._trailing(piece.end)
-            before = [c for c in leading if not self._is_deeper(c)] if not piece.indent else leading
-            for comment in leading:
-                if comment not in before:
-                    self._comment(comment, INDENT)
+            # The end of the attention above: up to the first comment that is not indented.
+            closing = [] if piece.indent else list(takewhile(self._is_deeper, leading))
+            before = leading[len(closing) :]
+            for comment in closing:
+                self._comment(comment, INDENT)
             for i, comment in enumerate((*before, *inner)):
                 self._comment(comment, piece.indent, apart=i == 0 and self._needs_blank(piece), joined=piece.joined)
             alone = not before and not inner

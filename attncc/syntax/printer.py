@@ -1,7 +1,8 @@
 """Syntax tree → text, in the one canonical layout.
 
 Four spaces indent; operators stand between blanks; brackets stand where the grammar needs them, and around an `and`
-inside an `or`; a line that would be longer than 100 characters is broken inside brackets, before its operators.
+inside an `or`; a line that would be longer than 100 characters is broken inside brackets, before its operators. The
+`=` of clauses on neighbouring lines stand below each other, and so do those of `let` lines.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import assert_never
 from attncc.syntax import nodes
 
 WIDTH = 100
+# Names that differ more in length are not aligned: the gap would say nothing.
+MAX_PADDING = 5
 INDENT = "    "
 
 # How tightly each form binds, loosest first.
@@ -58,8 +61,8 @@ def item_lines(item: nodes.Item) -> list[str]:
             lines = header_lines(item)
             if doc is not None:
                 lines += doc_lines(doc)
-            for statement in body:
-                lines += statement_lines(statement)
+            for statement, width in zip(body, name_widths(body, [True] * len(body)), strict=True):
+                lines += statement_lines(statement, width)
             return lines
         case _:
             assert_never(item)
@@ -92,12 +95,40 @@ def doc_lines(doc: str) -> list[str]:
     return [f'{INDENT}"""{first}', *(INDENT + line if line else "" for line in rest), f'{INDENT}"""']
 
 
-def statement_lines(statement: nodes.Statement) -> list[str]:
+def name_widths(body: Sequence[nodes.Statement], adjoining: Sequence[bool]) -> list[int]:
+    """How wide the name of each statement is printed, given whether it stands right below the one before it."""
+    runs: list[list[nodes.Statement]] = []
+    for statement, adjoins in zip(body, adjoining, strict=True):
+        if adjoins and runs and _aligns(statement, runs[-1]):
+            runs[-1].append(statement)
+        else:
+            runs.append([statement])
+    return [max(len(member.name) for member in run) for run in runs for _ in run]
+
+
+def _aligns(statement: nodes.Statement, run: Sequence[nodes.Statement]) -> bool:
+    """Whether a statement is of the same sort as those of a run: row transforms, other clauses, `let` lines."""
+    if _sort(statement) != _sort(run[-1]) or not _is_short(statement) or not _is_short(run[-1]):
+        return False
+    lengths = [len(member.name) for member in (*run, statement)]
+    return max(lengths) - min(lengths) <= MAX_PADDING
+
+
+def _sort(statement: nodes.Statement) -> tuple[type[nodes.Statement], bool]:
+    return type(statement), statement.name in ("q", "k", "v")
+
+
+def _is_short(statement: nodes.Statement) -> bool:
+    return not isinstance(statement, nodes.Later) and len(statement_lines(statement)) == 1
+
+
+def statement_lines(statement: nodes.Statement, width: int = 0) -> list[str]:
+    """The lines of a statement, its name padded to `width`."""
     match statement:
         case nodes.Let(name=name, value=value):
-            return _assigned(f"{INDENT}let {name} = ", value, INDENT)
+            return _assigned(f"{INDENT}let {name} = ", value, INDENT, width - len(name))
         case nodes.Clause(name=name, value=value):
-            return _assigned(f"{INDENT}{name} = ", value, INDENT)
+            return _assigned(f"{INDENT}{name} = ", value, INDENT, width - len(name))
         case nodes.Later(text=text):
             return [INDENT + line if line else "" for line in text.split("\n")]
         case _:
@@ -111,10 +142,11 @@ def _parameter(parameter: nodes.Parameter) -> str:
     return text if parameter.default is None else f"{text} = {expression_text(parameter.default)}"
 
 
-def _assigned(head: str, value: nodes.Expression, indent: str) -> list[str]:
+def _assigned(head: str, value: nodes.Expression, indent: str, padding: int = 0) -> list[str]:
     flat = head + expression_text(value)
     if len(flat) <= WIDTH:
-        return [flat]
+        # The padding does not count, so that a line is not broken for the sake of its neighbours.
+        return [head.replace(" = ", " " * max(0, padding) + " = ") + expression_text(value)]
     lines = _broken(value, indent)
     if lines is None:
         return [flat]

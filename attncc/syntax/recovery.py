@@ -286,7 +286,7 @@ class _Place:
             return 'a docstring stands between `"""` and `"""`'
         if self.word in ("+=", "*=", "-="):
             return f"`{self.word}` updates the state `S` and stands under `recurrence:`"
-        if self.token == "EQUAL" and re.match(r"\s*(score|mask|weight|scale)\s*\(", self.before):
+        if re.fullmatch(r"\s*(score|mask|weight|scale)\s*\(\s*\w*", self.before):
             return "a clause has no parameters: use names such as `q_idx` and `qk` directly"
         if self.token == "NAME" and self.before.endswith(("define", "attention")):
             return ""
