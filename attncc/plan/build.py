@@ -16,6 +16,7 @@ from attncc.ir.nodes import (
     Index,
     Load,
     Parameter,
+    Reduce,
     RowName,
     Size,
     Softmax,
@@ -26,7 +27,7 @@ from attncc.ir.nodes import (
 from attncc.ir.rewrite import map_children, map_clauses, substitute, walk
 from attncc.ir.types import DType, Kind
 from attncc.passes.blocks import block_structure
-from attncc.passes.simplify import simplify
+from attncc.passes.simplify import simplify, simplify_expr
 from attncc.passes.variance import variance
 from attncc.plan.cpp_tiles import choose_tile as choose_cpp_tile
 from attncc.plan.nodes import (
@@ -108,7 +109,8 @@ def _plan_rows(
     target: Target,
     heads: Literal["H"] | None,
 ) -> RowsPlan:
-    transform: Expr = getattr(attention, row)
+    width = specialization.head_dim_v if row == "v" else specialization.head_dim_qk
+    transform = simplify_expr(_within(width, getattr(attention, row)))
     stager = Stager(_ROW_LEVELS, _ROW_SUFFIXES, _row_level, _reserved(attention))
     element = stager.staged(transform)
     levels = {level: stager.bindings(level) for level in _ROW_LEVELS}
@@ -120,13 +122,24 @@ def _plan_rows(
         target=target,
         row=row,
         dtype=specialization.dtype,
-        width=specialization.head_dim_v if row == "v" else specialization.head_dim_qk,
+        width=width,
         heads="H" if row == "q" else heads or "HKV",
         tensors=_tensors_in(used, specialization),
         scalars=_scalars_in(used, attention),
         element=element,
         **levels,
     )
+
+
+def _within(width: int, expr: Expr) -> Expr:
+    """`expr` for d in [0, width): comparisons that this decides, as those of a rotation of the whole row, are gone."""
+    match expr:
+        case Apply(op="lt", args=(Index(name="d"), Constant(value=int(bound)))) if bound >= width:
+            return Constant(True)
+        case Reduce():
+            return expr
+        case _:
+            return map_children(expr, lambda child: _within(width, child))
 
 
 def _row_level(expr: Expr) -> int:

@@ -32,19 +32,31 @@ MACHINES = {
     "gfx942": Machine(shared=65_536, warp_size=64, registers=512),
 }
 
-# Best first, per target and width of the head. Compiled ahead of time for sm_90 in bf16 at D = 128, 128 x 128 with 8
-# warps and 2 stages takes 187 registers and does not spill; with 4 warps it does, and the products are serialised.
-_WIDE = ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 4, 2), (64, 64, 4, 2))
-_NARROW = ((128, 128, 8, 2), (128, 64, 4, 3), (128, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2))
-_EXACT = ((64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1))
-_SMALL = (
-    (64, 64, 8, 1),
-    (64, 32, 8, 2),
-    (64, 32, 8, 1),
-    (32, 32, 8, 1),
-    (16, 32, 8, 1),
-    (16, 16, 8, 1),
-)
+# Best first, by target, for heads up to 64 wide and for wider ones. Every entry was compiled ahead of time with a causal
+# mask, a window, a soft cap and biases; the first ones spill nowhere, or a few bytes in the loop over partial tiles. What
+# the first ones are is a guess until a GPU has measured them.
+_Shapes = tuple[tuple[int, int, int, int], ...]
+_PREFERRED: dict[str, tuple[_Shapes, _Shapes]] = {
+    "sm_80": (
+        ((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 4, 3)),
+        ((128, 32, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 3)),
+    ),
+    "sm_90": (
+        ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3)),
+        ((128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)),
+    ),
+    "sm_100": (
+        ((128, 64, 8, 3), (128, 64, 4, 3), (128, 128, 8, 2)),
+        ((128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
+    ),
+    "gfx942": (
+        ((128, 64, 4, 2), (128, 64, 4, 1), (64, 64, 4, 2)),
+        ((128, 64, 4, 1), (128, 32, 4, 2), (64, 64, 4, 1)),
+    ),
+}
+# Products of f32 and f64 without matrix instructions keep both operands in registers.
+_EXACT: _Shapes = ((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 1))
+_SMALL: _Shapes = ((64, 64, 8, 1), (64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1))
 
 
 def choose_tile(arch: str, dtype: DType, head_dim_qk: int, head_dim_v: int) -> TritonTile:
@@ -58,11 +70,7 @@ def candidates(arch: str, dtype: DType, head_dim_qk: int, head_dim_v: int) -> tu
     """The tiles worth measuring, best guess first. Never empty: the smallest tile is the last resort."""
     if arch == "interpret":
         return (INTERPRET,)
-    widest = max(head_dim_qk, head_dim_v)
-    if dtype.bytes > 2:
-        preferred = _EXACT
-    else:
-        preferred = _NARROW if widest <= 64 else _WIDE
+    preferred = _EXACT if dtype.bytes > 2 else _PREFERRED[arch][max(head_dim_qk, head_dim_v) > 64]
     tiles = [TritonTile(*shape) for shape in (*preferred, *_SMALL)]
     fitting = tuple(dict.fromkeys(t for t in tiles if fits(t, arch, dtype, head_dim_qk, head_dim_v)))
     return fitting or (tiles[-1],)
