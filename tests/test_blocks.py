@@ -320,6 +320,10 @@ def test_what_is_left_to_questions_is_sound_too(mask: Expr) -> None:
             assert not (at_tiles(structure.certain, scene, tiles) & ~tiles.all(kept)).any()
 
 
+def test_blocks_that_a_table_names_need_no_tables_of_tiles() -> None:
+    assert not block_structure(SCAN["bigbird"]).summaries
+
+
 def live(mask: Expr, rows: int, keys: int, block_m: int, block_n: int, **scalars: float) -> tuple[int, int, int]:
     """Tiles within the ranges, those of them that are possible, and those that keep a pair."""
     structure, scene = block_structure(mask), scene_of(rows, keys, **scalars)

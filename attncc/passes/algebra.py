@@ -152,6 +152,10 @@ class Linear:
     def plus(self, constant: int) -> Linear:
         return Linear(self.terms, self.constant + constant)
 
+    def replaced(self, atom: Expr, value: Linear) -> Linear:
+        """The form with `value` in the place of `atom`."""
+        return self.without(atom) + value.times(dict(self.terms).get(atom, 0))
+
     def without(self, atom: Expr) -> Linear:
         return Linear(tuple(term for term in self.terms if term[0] != atom), self.constant)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from typing import assert_never
 
 from attncc.ir.nodes import (
@@ -54,7 +55,7 @@ from attncc.passes.variance import variance
 
 # Most cells of a table of blocks that a tile's bounds read along an axis that varies with keys alone (tiles of keys are
 # long), along any other, and in all.
-_CELLS_ALONG_KEYS, _CELLS_ELSEWHERE, _CELLS = 4, 2, 8
+_CELLS_ALONG_KEYS, _CELLS_ELSEWHERE, _CELLS = 4, 3, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +235,12 @@ def _bounds_of_below(form: Linear) -> Interval:
 
 
 def _bounds_of_equality(form: Linear) -> Interval:
+    chosen = chosen_cell(form)
+    if chosen is not None and (found := _cells_of(chosen)) is not None:
+        # One of a few values is not the same as one between the least and the greatest.
+        cells, valid = found
+        answers = [_bounds_of_equality(form.replaced(chosen, linear(cell))) for cell in cells]
+        return _where_valid(conjunction(*(a.lo for a in answers)), disjunction(*(a.hi for a in answers)), valid)
     bounds = bounds_of_form(form)
     if bounds is None:
         return UNKNOWN_TRUTH
@@ -289,17 +296,29 @@ def _bounds_of_load(load: Load) -> Interval | None:
 def _bounds_of_cells(load: Load) -> Interval | None:
     """Of a load from a table of blocks: the extremes of the few cells that the tile touches.
 
-    Valid where it touches no more than that. None for a table that is finer than tiles are, and for floats (the
-    smaller of two would lose a NaN on some targets).
+    None for floats: the smaller of two would lose a NaN on some targets.
     """
-    if load.kind is Kind.FLOAT:
+    found = None if load.kind is Kind.FLOAT else _cells_of(load)
+    if found is None:
         return None
+    cells, valid = found
+    if load.kind is Kind.BOOL:
+        return Interval(conjunction(*cells), disjunction(*cells), valid)
+    return Interval(least(*cells), greatest(*cells), valid)
+
+
+def _cells_of(load: Load) -> tuple[list[Load], Expr] | None:
+    """All that a load from a table of blocks may read in a tile, and whether the tile touches no more than that.
+
+    None for a table that is finer than tiles are.
+    """
     spans = [_bounds(index) for index in load.indices]
     counts = [_cells_along(index) for index in load.indices]
     if any(span is None for span in spans) or 0 in counts:
         return None
-    while _volume(counts) > _CELLS and max(counts) > 1:
-        counts[counts.index(max(counts))] -= 1
+    while prod(counts) > _CELLS:
+        # Two cells of queries before four of keys: tiles are shorter than they are long.
+        counts[counts.index(_CELLS_ELSEWHERE if _CELLS_ELSEWHERE in counts else max(counts))] -= 1
     known = [span for span in spans if span is not None]
     choices: list[list[Expr]] = []
     valid: list[Expr] = []
@@ -311,17 +330,19 @@ def _bounds_of_cells(load: Load) -> Interval | None:
         following = [least(expr_of(linear(span.lo).plus(i)), span.hi) for i in range(1, count)]
         choices.append([span.lo, *following])
         valid += [span.valid, below(linear(span.hi) - linear(span.lo).plus(count))]
-    cells = [Load(load.tensor, indices, load.kind) for indices in product(*choices)]
-    if load.kind is Kind.BOOL:
-        return Interval(conjunction(*cells), disjunction(*cells), conjunction(*valid))
-    return Interval(least(*cells), greatest(*cells), conjunction(*valid))
+    return [Load(load.tensor, indices, load.kind) for indices in product(*choices)], conjunction(*valid)
 
 
-def _volume(counts: list[int]) -> int:
-    volume = 1
-    for count in counts:
-        volume *= count
-    return volume
+def chosen_cell(form: Linear) -> Load | None:
+    """The first int that `form` reads from a table with one entry per block of queries."""
+    for atom, _ in form.terms:
+        match atom:
+            case Load(indices=indices, kind=Kind.INT) if variance(atom) >= {"q"} and "kv" not in variance(atom):
+                if all(map(_cells_along, indices)):
+                    return atom
+            case _:
+                pass
+    return None
 
 
 def _cells_along(index: Expr) -> int:

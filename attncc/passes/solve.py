@@ -34,7 +34,7 @@ from attncc.passes.algebra import (
     linear,
     never_positive,
 )
-from attncc.passes.intervals import ORDERS, bounds_of_form, truth, varies_in_tile
+from attncc.passes.intervals import ORDERS, bounds_of_form, chosen_cell, truth, varies_in_tile
 from attncc.passes.variance import variance
 
 KEY = Index("kv_idx")
@@ -171,6 +171,9 @@ def _is_short(ends: Collection[tuple[Limit, ...]]) -> bool:
 def _solve_comparison(op: str, difference: Linear) -> Union:
     """`difference` compared with 0 by `op`."""
     match op:
+        case "eq" | "ne" if chosen_cell(difference) is not None:
+            # Blocks that a table names may lie anywhere: a range that holds them all would say little.
+            return (Region(residual=(Apply(op, (expr_of(difference), ZERO)),)),)
         case "eq":
             return _all_of(_solve_comparison("le", difference), _solve_comparison("ge", difference))
         case "ne":
@@ -189,24 +192,24 @@ def _solve_below(form: Linear) -> Union:
                 # The greater of two lies below something if both do.
                 combine = _all_of if (op == "max") == (coefficient > 0) else _any_of
                 return combine(
-                    _solve_below(_replaced(form, atom, coefficient, linear(a))),
-                    _solve_below(_replaced(form, atom, coefficient, linear(b))),
+                    _solve_below(form.replaced(atom, linear(a))),
+                    _solve_below(form.replaced(atom, linear(b))),
                 )
             case Apply(op="abs", args=(a,)):
                 combine = _all_of if coefficient > 0 else _any_of
                 return combine(
-                    _solve_below(_replaced(form, atom, coefficient, linear(a))),
-                    _solve_below(_replaced(form, atom, coefficient, linear(a).times(-1))),
+                    _solve_below(form.replaced(atom, linear(a))),
+                    _solve_below(form.replaced(atom, linear(a).times(-1))),
                 )
             case Apply(op="where", args=(condition, a, b)):
                 return _any_of(
                     _all_of(
                         _solve(condition, positive=True),
-                        _solve_below(_replaced(form, atom, coefficient, linear(a))),
+                        _solve_below(form.replaced(atom, linear(a))),
                     ),
                     _all_of(
                         _solve(condition, positive=False),
-                        _solve_below(_replaced(form, atom, coefficient, linear(b))),
+                        _solve_below(form.replaced(atom, linear(b))),
                     ),
                 )
             case _:
@@ -215,10 +218,6 @@ def _solve_below(form: Linear) -> Union:
         return _solve(below(form), positive=True)
     region = _below(form, Limit(ZERO, ZERO))
     return (Region(residual=(below(form),)),) if region is None else _tidied((region,))
-
-
-def _replaced(form: Linear, atom: Expr, coefficient: int, value: Linear) -> Linear:
-    return form.without(atom) + value.times(coefficient)
 
 
 def _below(form: Linear, limit: Limit) -> Region | None:
