@@ -138,7 +138,9 @@ def _rope(site: CallSite, arguments: Mapping[str, Argument]) -> Value:
     assert row.size is not None
     evaluator.refuse_too_large(row, site.span, site.name)
     given = arguments.get("dim")
-    dim = evaluator.static_int(given.meaning, given.span, "`dim`") if given else Value(row.size, Kind.INT)
+    size = Value(row.size, Kind.INT)
+    # A row that is shorter is rotated as a whole, so that no element beyond it is read.
+    dim = apply("min", evaluator.even_int(given.meaning, given.span, "`dim`"), size) if given else size
     paired = arguments.get("interleaved")
     base = arguments.get("base")
     scaling = arguments.get("scaling")

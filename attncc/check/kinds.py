@@ -9,6 +9,7 @@ from attncc.check.limit_errors import TooLarge
 from attncc.check.reporter import Reporter
 from attncc.check.rope import Scaling
 from attncc.check.type_errors import (
+    BadValue,
     IntPower,
     NeedsRow,
     NeedsScalar,
@@ -138,6 +139,13 @@ class Kinds:
         self.require(value, Kind.INT, span, role)
         if not is_static(value.expr):
             raise self.fail(NotConstant(span, role, "made of sizes and constants"))
+        return value
+
+    def even_int(self, meaning: Meaning | Scaling, span: Span, role: str) -> Value:
+        """An int made of sizes and constants; a positive even one where it is known."""
+        value = self.static_int(meaning, span, role)
+        if isinstance(value.expr, Constant) and (value.expr.value <= 0 or value.expr.value % 2):
+            raise self.fail(BadValue(span, role, "a positive even int", str(value.expr.value)))
         return value
 
     def static_bool(self, meaning: Meaning | Scaling, span: Span, role: str) -> bool:

@@ -273,6 +273,20 @@ class BadNormalize(Diagnostic):
 
 
 @dataclass(frozen=True, slots=True)
+class BadValue(Diagnostic):
+    code = "A0317"
+    title = "{role} must be {expected}, found {found}"
+    label = "this is {found}"
+    explanation = "The argument is of the right type, but the function has no meaning for this value."
+    bad = "attention rotary():\n    q = rope(q, q_idx, dim=63)\n"
+    good = "attention rotary():\n    q = rope(q, q_idx, dim=64)\n"
+
+    role: str
+    expected: str
+    found: str
+
+
+@dataclass(frozen=True, slots=True)
 class NoAttributes(Diagnostic):
     code = "A0316"
     title = "`.{name}` belongs to nothing"
