@@ -119,7 +119,10 @@ def parser() -> argparse.ArgumentParser:
     _options_of_spec(explain)
     _kernel(explain, default_target="cpp")
     explain.add_argument("--png", metavar="FILE", type=Path, help="draw the mask with its tile classes")
-    explain.add_argument("--shape", type=_shape, default=_shape("1,1,1,512,512,64"), help="sizes of the drawing")
+    explain.add_argument(
+        "--shape", metavar="B,H,HKV,M,N,D[,E]", type=_shape, default=_shape("1,1,1,2048,2048,64"), help="of the drawing"
+    )
+    explain.add_argument("--seed", type=int, default=0, help="of made-up inputs of the drawing")
     return top
 
 
@@ -156,8 +159,15 @@ def _call(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0, help="of random inputs")
 
 
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers with commas between them") from None
+
+
 def _shape(text: str) -> tuple[int, ...]:
-    sizes = tuple(int(part) for part in text.split(","))
+    sizes = _integers(text)
     if len(sizes) == 6:
         sizes = (*sizes, sizes[-1])
     if len(sizes) != 7 or min(sizes) < 0:
@@ -166,7 +176,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _head_dims(text: str) -> tuple[int, int]:
-    sizes = tuple(int(part) for part in text.split(","))
+    sizes = _integers(text)
     if len(sizes) not in (1, 2) or min(sizes) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not D or D,E")
     return sizes[0], sizes[-1]
@@ -187,10 +197,10 @@ def _setting(text: str) -> tuple[str, bool | int | float]:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
+    value = _integers(text)
+    if len(value) != 1 or value[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return value[0]
 
 
 def _version() -> str:

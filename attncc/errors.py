@@ -98,6 +98,20 @@ class UnknownCode(Diagnostic):
 
 
 @dataclass(frozen=True, slots=True)
+class UnknownSetting(Diagnostic):
+    code = "A0638"
+    title = "`{attention}` has no parameter `{name}`"
+    help = "its parameters are {known}"
+    explanation = "`--set` gives a value to a run-time scalar or a `const` parameter of the specification."
+    bad = "attncc run sliding_window.attn --set windw=512"
+    good = "attncc run sliding_window.attn --set window=512"
+
+    attention: str
+    name: str
+    known: str
+
+
+@dataclass(frozen=True, slots=True)
 class InternalError(Diagnostic):
     code = "A0901"
     title = "attncc itself failed: {kind}: {message}"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attncc.build import build, check, read
 from attncc.diagnostics import CallError
-from attncc.errors import CannotRead, CannotWrite, MissingOperand, NoShapeAtSizes
+from attncc.errors import CannotRead, CannotWrite, MissingOperand, NoShapeAtSizes, UnknownSetting
 from attncc.inputs import captured_tensors, describe, operands
 from attncc.ir.nodes import Attention
 from attncc.runtime.arguments import Sizes
@@ -50,7 +50,18 @@ def load(path: str, name: str | None, settings: Mapping[str, Value]) -> Loaded:
     constants = constant_names(parse(source), name)
     values = {key: value for key, value in settings.items() if key in constants}
     others = {key: value for key, value in settings.items() if key not in constants}
-    return Loaded(path, name, source.text, check(Path(path), name=name, **values), values, others)
+    attention = check(Path(path), name=name, **values)
+    refuse_unknown(attention, others)
+    return Loaded(path, name, source.text, attention, values, others)
+
+
+def refuse_unknown(attention: Attention, settings: Mapping[str, Value]) -> None:
+    """Raises CallError for settings that name no parameter."""
+    known = [parameter.name for parameter in attention.parameters]
+    listed = ", ".join(known) or "none"
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise CallError(*(UnknownSetting(None, attention.name, name, listed) for name in unknown))
 
 
 def constant_names(file: nodes.File, name: str | None) -> frozenset[str]:

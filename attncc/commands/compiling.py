@@ -26,7 +26,7 @@ def emit(arguments: argparse.Namespace) -> int:
     if arguments.standalone:
         from attncc.standalone import standalone
 
-        attn, specialization, target = _chosen(loaded, arguments)
+        attn, specialization, target = chosen(loaded, arguments)
         files = standalone(attn, specialization, target)
         return _put(files, arguments.output)
     text = _stage(arguments.stage, loaded, arguments)
@@ -44,7 +44,7 @@ def _stage(stage: str, loaded: Loaded, arguments: argparse.Namespace) -> str:
         case "ir":
             return to_text(loaded.attention)
         case _:
-            attn, specialization, target = _chosen(loaded, arguments)
+            attn, specialization, target = chosen(loaded, arguments)
             program, sources, _ = attn.sources(specialization, target)
             return dump(program) if stage == "plan" else "\n".join(sources)
 
@@ -62,7 +62,7 @@ def _put(files: dict[str, str], output: Path | None) -> int:
     return 0
 
 
-def _chosen(loaded: Loaded, arguments: argparse.Namespace) -> tuple[CompiledAttention, Specialization, Target]:
+def chosen(loaded: Loaded, arguments: argparse.Namespace) -> tuple[CompiledAttention, Specialization, Target]:
     """What the options --target, --dtype and --head-dim ask for."""
     attn = loaded.compiled(arguments.target, arguments.templates)
     dtype = DType(arguments.dtype)
@@ -75,7 +75,7 @@ def _chosen(loaded: Loaded, arguments: argparse.Namespace) -> tuple[CompiledAtte
 def build(arguments: argparse.Namespace) -> int:
     """Compiles every kernel into a folder: a shared library for C++, cubin or hsaco with a description for Triton."""
     loaded = load(arguments.file, arguments.name, dict(arguments.set))
-    attn, specialization, target = _chosen(loaded, arguments)
+    attn, specialization, target = chosen(loaded, arguments)
     program, sources, launcher = attn.sources(specialization, target)
     folder: Path = arguments.output
     write(folder / f"{loaded.attention.name}_run.py", launcher)
