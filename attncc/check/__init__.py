@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from attncc.check import suggest
 from attncc.check.clauses import lower
@@ -96,7 +96,7 @@ def _no_attention(module: Module) -> NoAttention:
 
 
 def _lowered(
-    attentions: list[nodes.Attention], module: Module, constants: list[Mapping[str, object]], reporter: Reporter
+    attentions: list[nodes.Attention], module: Module, constants: Sequence[Mapping[str, object]], reporter: Reporter
 ) -> dict[str, Attention]:
     result: dict[str, Attention] = {}
     for attention, given in zip(attentions, constants, strict=True):

@@ -179,7 +179,7 @@ class _Body:
         if not isinstance(value, Value):
             return identity_row(name)
         span = self.clauses[name].value.span
-        size = Size(ROWS[name])  # pyright: ignore[reportArgumentType]
+        size = Size(ROWS[name])
         if value.kind is Kind.BOOL:
             self._number_of(value, span, name)
         elif not self._sees(value.expr, name, span):

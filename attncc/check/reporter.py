@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -43,7 +43,7 @@ class Reporter:
             raise SpecError(*unique.values())
 
     @contextmanager
-    def expanding(self, expansion: Expansion) -> Iterator[None]:
+    def expanding(self, expansion: Expansion) -> Generator[None]:
         self.expansions.append(expansion)
         try:
             yield

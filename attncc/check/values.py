@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from attncc.ir.nodes import Apply, Constant, Expr, Index, Load, Reduce, Size, TensorParameter
 from attncc.ir.operators import OPERATORS
@@ -134,8 +134,8 @@ def _mismatch(op: str, kinds: tuple[Kind, ...]) -> KindMismatch:
         accepted = frozenset(overload.arguments[i] for overload in overloads)
         if kind not in accepted and not (kind is Kind.INT and Kind.FLOAT in accepted):
             return KindMismatch(i, accepted)
-    # All but the last agree with some overload: the last one must follow them.
-    first = kinds[-2] if len(kinds) > 1 else kinds[0]
+    # Each argument would do with others: the last one must follow the one before it.
+    first = kinds[-2:][0]
     numbers = frozenset((Kind.INT, Kind.FLOAT))
     return KindMismatch(len(kinds) - 1, numbers if first in numbers else frozenset((first,)))
 
@@ -152,13 +152,12 @@ def element_index(span: Span | None = None) -> Index:
     return Index("d", span)
 
 
-_FOLDED: dict[str, Callable[..., bool | int | float]] = {
-    "neg": operator.neg,
+_FOLDED: dict[str, Callable[[Any, Any], Any]] = {
     "add": operator.add,
     "sub": operator.sub,
     "mul": operator.mul,
-    "div": operator.truediv,
-    "floordiv": operator.floordiv,
+    "div": lambda a, b: a / b,
+    "floordiv": lambda a, b: a // b,
     "mod": operator.mod,
     "min": min,
     "max": max,
@@ -170,18 +169,20 @@ _FOLDED: dict[str, Callable[..., bool | int | float]] = {
     "ne": operator.ne,
     "and": lambda a, b: a and b,
     "or": lambda a, b: a or b,
-    "not": operator.not_,
-    "to_float": float,
 }
+_FOLDED_UNARY: dict[str, Callable[[Any], Any]] = {"neg": operator.neg, "not": operator.not_, "to_float": float}
 
 
 def fold(expr: Apply) -> Expr:
     """A constant for plain arithmetic on constants, where Python's result is exact or rounds as f64 does."""
-    function = _FOLDED.get(expr.op)
-    if function is None or not all(isinstance(argument, Constant) for argument in expr.args):
-        return expr
     try:
-        value = function(*(argument.value for argument in expr.args if isinstance(argument, Constant)))
+        match expr.args:
+            case (Constant(value=x),) if expr.op in _FOLDED_UNARY:
+                value = _FOLDED_UNARY[expr.op](x)
+            case (Constant(value=x), Constant(value=y)) if expr.op in _FOLDED:
+                value = _FOLDED[expr.op](x, y)
+            case _:
+                return expr
     except (ArithmeticError, ValueError):
         return expr
     if isinstance(value, float) and (value != value or value in (float("inf"), -float("inf")) and expr.op != "neg"):

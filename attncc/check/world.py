@@ -6,13 +6,13 @@ import keyword
 import math
 
 from attncc.check.values import Value, constant, element_index
-from attncc.ir.nodes import Element, Hole, Index, Size
+from attncc.ir.nodes import Element, Hole, Index, RowName, Size, SizeName
 from attncc.ir.types import Kind
 from attncc.source import Span
 
 COORDINATES = ("b", "h", "hkv", "q_row", "q_idx", "kv_idx")
 SIZES = ("B", "H", "HKV", "M", "N", "D", "E")
-ROWS = {"q": "D", "k": "D", "v": "E"}
+ROWS: dict[RowName, SizeName] = {"q": "D", "k": "D", "v": "E"}
 HOLES = ("qk", "score")
 CONSTANTS = {"inf": math.inf, "pi": math.pi}
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, TypeAlias, cast
 
 from attncc.diagnostics import Diagnostic
 from attncc.source import Source, Span
 from attncc.syntax import nodes
 from attncc.syntax.errors import BadNumber, TooDeep
 
-if TYPE_CHECKING:
-    from lark import Token, Tree
+# lark's trees and tokens, whose types say little about what they hold.
+Node: TypeAlias = Any
 
 # Deep enough for people; shallow enough that every pass may recurse.
 MAX_DEPTH = 100
@@ -25,7 +25,7 @@ class Builder:
         self.source = source
         self.errors: list[Diagnostic] = []
 
-    def file(self, tree: Tree[Any]) -> nodes.File:
+    def file(self, tree: Node) -> nodes.File:
         items: list[nodes.Item] = []
         for child in tree.children:
             match cast("str", child.data):
@@ -41,11 +41,11 @@ class Builder:
                     raise AssertionError(other)
         return nodes.File(tuple(items), Span(self.source, 0, len(self.source.text)))
 
-    def _use(self, tree: Tree[Any]) -> nodes.Use:
-        path: Token = tree.children[0]
+    def _use(self, tree: Node) -> nodes.Use:
+        path: Node = tree.children[0]
         return nodes.Use(str(path)[1:-1], self._line_span(tree), self._span(path))
 
-    def _define(self, tree: Tree[Any]) -> nodes.Define:
+    def _define(self, tree: Node) -> nodes.Define:
         name, parameters, value = tree.children
         built = None
         if parameters is not None:
@@ -54,13 +54,13 @@ class Builder:
             str(name), built, self.expression(value), span=self._line_span(tree), name_span=self._span(name)
         )
 
-    def _define_parameter(self, tree: Tree[Any]) -> nodes.DefineParameter:
+    def _define_parameter(self, tree: Node) -> nodes.DefineParameter:
         name, default = tree.children
         return nodes.DefineParameter(
             str(name), None if default is None else self.expression(default), span=self._span(name)
         )
 
-    def _attention(self, tree: Tree[Any]) -> nodes.Attention:
+    def _attention(self, tree: Node) -> nodes.Attention:
         name, parameters, doc, *body = tree.children
         colon = self.source.text.index(":", parameters.meta.end_pos) + 1
         return nodes.Attention(
@@ -74,7 +74,7 @@ class Builder:
             doc_span=None if doc is None else self._span(doc.children[0]),
         )
 
-    def _parameter(self, tree: Tree[Any]) -> nodes.Parameter:
+    def _parameter(self, tree: Node) -> nodes.Parameter:
         name, const, type_, default = tree.children
         type_name, shape = type_.children
         axes = None if shape is None else tuple(self.expression(c) for c in shape.children if c is not None)
@@ -87,7 +87,7 @@ class Builder:
             name_span=self._span(name),
         )
 
-    def _statement(self, tree: Tree[Any]) -> nodes.Statement:
+    def _statement(self, tree: Node) -> nodes.Statement:
         span = self._line_span(tree)
         match cast("str", tree.data):
             case "let":
@@ -97,12 +97,12 @@ class Builder:
                 name, value = tree.children
                 return nodes.Clause(str(name), self.expression(value), span, self._span(name))
             case _:
-                keyword: Token = tree.children[0]
+                keyword: Node = tree.children[0]
                 column = self.source.position(span.start)[1] - 1
                 text = "\n".join(_outdented(line, column) for line in span.text.split("\n"))
                 return nodes.Later(str(keyword), text, span, self._span(keyword))
 
-    def expression(self, tree: Tree[Any], depth: int = 0) -> nodes.Expression:
+    def expression(self, tree: Node, depth: int = 0) -> nodes.Expression:
         """The expression of a tree; 0 where it is too deep, which is reported."""
         span = self._tree_span(tree)
         if depth > MAX_DEPTH:
@@ -133,9 +133,9 @@ class Builder:
                     self._span(operator),
                 )
             case "compare":
-                operands = [self.expression(child, deeper) for child in children[::2]]
-                links = [cast("nodes.Comparison", str(operator)) for operator in children[1::2]]
-                return nodes.Compare(operands[0], tuple(zip(links, operands[1:], strict=True)), span)
+                first, *operands = (self.expression(child, deeper) for child in children[::2])
+                links = cast("list[nodes.Comparison]", [str(link) for link in children[1::2]])
+                return nodes.Compare(first, tuple(zip(links, operands, strict=True)), span)
             case "conditional":
                 then, condition, otherwise = (self.expression(child, deeper) for child in children)
                 return nodes.Conditional(then, condition, otherwise, span)
@@ -188,13 +188,13 @@ class Builder:
             value = 0
         return nodes.Number(value, text, span)
 
-    def _span(self, token: Token) -> Span:
+    def _span(self, token: Node) -> Span:
         return Span(self.source, token.start_pos or 0, token.end_pos or 0)
 
-    def _tree_span(self, tree: Tree[Any]) -> Span:
+    def _tree_span(self, tree: Node) -> Span:
         return Span(self.source, tree.meta.start_pos, tree.meta.end_pos)
 
-    def _line_span(self, tree: Tree[Any]) -> Span:
+    def _line_span(self, tree: Node) -> Span:
         """The span of a statement or a definition, without the line break and whatever blank comes after it."""
         return Span(self.source, tree.meta.start_pos, _end(tree))
 
@@ -215,7 +215,7 @@ _LINES = frozenset(
 )
 
 
-def _end(tree: Tree[Any]) -> int:
+def _end(tree: Node) -> int:
     """Where the last thing written in a tree ends."""
     if tree.data not in _LINES:
         return tree.meta.end_pos

@@ -214,7 +214,7 @@ class Attention:
     span: Span = _span()
     name_span: Span = _span()
     header_span: Span = _span()
-    doc_span: Span | None = field(compare=False, repr=False)
+    doc_span: Span | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,9 +63,9 @@ def _parse_tree(source: Source) -> tuple[Tree[Any] | None, list[Diagnostic]]:
         if errors:
             return None, errors
     errors: list[Diagnostic] = []
-    parser = _lark()
+    parser: Any = _lark()
     while True:
-        parser.options.postlex.base = base  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+        parser.options.postlex.base = base
         try:
             return parser.parse(text), errors
         except UnexpectedInput as error:
@@ -93,12 +93,12 @@ def _lark() -> Lark:
     class Layout(Indenter):
         """Line breaks and indentation as tokens, from the indentation of the first line on."""
 
-        NL_type = "_NEWLINE"
-        OPEN_PAREN_types = ["LPAR", "LSQB"]  # noqa: RUF012
-        CLOSE_PAREN_types = ["RPAR", "RSQB"]  # noqa: RUF012
-        INDENT_type = "_INDENT"
-        DEDENT_type = "_DEDENT"
-        tab_len = 8
+        NL_type = "_NEWLINE"  # pyright: ignore
+        OPEN_PAREN_types = ["LPAR", "LSQB"]  # pyright: ignore
+        CLOSE_PAREN_types = ["RPAR", "RSQB"]  # pyright: ignore
+        INDENT_type = "_INDENT"  # pyright: ignore
+        DEDENT_type = "_DEDENT"  # pyright: ignore
+        tab_len = 8  # pyright: ignore
         base = 0
 
         def handle_NL(self, token: Token) -> Iterator[Token]:  # noqa: N802

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attncc.diagnostics import Diagnostic, Label
 from attncc.source import Source, Span
@@ -23,9 +23,6 @@ from attncc.syntax.errors import (
     Unterminated,
 )
 from attncc.syntax.lexical import CLOSING, open_brackets, parts, statement_starts
-
-if TYPE_CHECKING:
-    from lark import UnexpectedInput
 
 Range = tuple[int, int]
 
@@ -105,18 +102,20 @@ def _went_deeper(levels: list[int], indent: int, text: str, start: int) -> bool:
     return bool(before) and indent < len(before[-1]) - len(before[-1].lstrip()) and indent > levels[-1]
 
 
-def diagnose(source: Source, text: str, error: UnexpectedInput) -> tuple[Diagnostic, Range | None]:
+def diagnose(source: Source, text: str, error: Any) -> tuple[Diagnostic, Range | None]:
     """The error at which parsing of `text` stopped, and the range to blot out so as to read on; None to stop there.
 
     `text` is that of the source, or has earlier broken lines blotted out; offsets are the same.
     """
     from lark import UnexpectedCharacters
 
+    expected: frozenset[str]
     if isinstance(error, UnexpectedCharacters):
-        position, token, expected = error.pos_in_stream or 0, "", frozenset(error.allowed or ())
+        at: Any = error  # lark's errors are untyped
+        position, token, expected = at.pos_in_stream or 0, "", frozenset(at.allowed or ())
     else:
-        token_, position = _token(error, text)
-        token, expected = token_, frozenset(getattr(error, "accepts", None) or getattr(error, "expected", ()))
+        token, position = _token(error, text)
+        expected = frozenset(getattr(error, "accepts", None) or getattr(error, "expected", ()))
     place = _Place(source, text, position, token, expected)
     found = place.explain()
     return found, place.broken(found)
@@ -175,7 +174,7 @@ class _Place:
             and "_INDENT" not in self.expected
         ):
             return None
-        if self.expected == {"_INDENT"}:
+        if self.expected == frozenset(("_INDENT",)):
             header = self.text[: self.position].rstrip()
             start = header.rfind("\n") + 1
             name = re.search(r"(attention|branch)\s+(\w+)|(\w+)", header[start:])
