@@ -21,6 +21,7 @@ from attncc.plan.nodes import Specialization, Target
 from attncc.runtime import cache
 from attncc.runtime.call import CompiledAttention, Sources
 from attncc.source import Source
+from attncc.syntax import use_cache_folder
 
 
 def build(
@@ -50,6 +51,7 @@ def check(spec: str | Path | Source, *, name: str | None = None, **constants: bo
     source = spec if isinstance(spec, Source) else read(spec)
 
     def front_end() -> Attention:
+        use_cache_folder(cache.folder())
         return check_source(source, name=name, constants=constants)
 
     if "use" in source.text:  # What it says depends on other files too.

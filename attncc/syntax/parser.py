@@ -52,13 +52,13 @@ def _parse_tree(source: Source) -> tuple[Tree[Any] | None, list[Diagnostic]]:
     from lark import UnexpectedInput
     from lark.indenter import DedentError
 
-    from attncc.syntax import recovery
-
     text = source.text.rstrip()
     base = _base_indentation(text)
     # A text may be indented as a whole, as one inside a Python program is; the last line break returns to that level.
     text += "\n" + " " * base
     if "\t" in text or "\0" in text:
+        from attncc.syntax import recovery
+
         errors = recovery.forbidden_characters(source)
         if errors:
             return None, errors
@@ -68,10 +68,10 @@ def _parse_tree(source: Source) -> tuple[Tree[Any] | None, list[Diagnostic]]:
         parser.options.postlex.base = base
         try:
             return parser.parse(text), errors
-        except UnexpectedInput as error:
-            diagnostic, broken = recovery.diagnose(source, text, error)
-        except DedentError:
-            diagnostic, broken = recovery.bad_dedent(source, text, base), None
+        except (UnexpectedInput, DedentError) as error:
+            from attncc.syntax import recovery
+
+            diagnostic, broken = recovery.explain(source, text, error, base)
         errors.append(diagnostic)
         if broken is None or len(errors) == MAX_ERRORS:
             return None, errors

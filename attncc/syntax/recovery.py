@@ -102,13 +102,17 @@ def _went_deeper(levels: list[int], indent: int, text: str, start: int) -> bool:
     return bool(before) and indent < len(before[-1]) - len(before[-1].lstrip()) and indent > levels[-1]
 
 
-def diagnose(source: Source, text: str, error: Any) -> tuple[Diagnostic, Range | None]:
+def explain(source: Source, text: str, error: Any, base: int) -> tuple[Diagnostic, Range | None]:
     """The error at which parsing of `text` stopped, and the range to blot out so as to read on; None to stop there.
 
-    `text` is that of the source, or has earlier broken lines blotted out; offsets are the same.
+    `text` is that of the source, or has earlier broken lines blotted out; offsets are the same. `base` is the
+    indentation of its first line.
     """
     from lark import UnexpectedCharacters
+    from lark.indenter import DedentError
 
+    if isinstance(error, DedentError):
+        return bad_dedent(source, text, base), None
     expected: frozenset[str]
     if isinstance(error, UnexpectedCharacters):
         at: Any = error  # lark's errors are untyped
