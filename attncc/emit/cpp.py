@@ -13,6 +13,7 @@ from typing import assert_never
 
 from attncc.emit.cpp_machine import (
     CLASSIFIED_KEYS,
+    ELEMENT_TYPES,
     SCALAR_TYPES,
     Field,
     Machine,
@@ -23,6 +24,7 @@ from attncc.emit.cpp_machine import (
     table_type,
     with_uses,
 )
+from attncc.emit.cpp_loads import Definitions, TiledLoad, tiled_loads
 from attncc.emit.cpp_rows import RowLevels, split_levels
 from attncc.ir.nodes import (
     Apply,
@@ -39,7 +41,7 @@ from attncc.ir.nodes import (
     Variable,
 )
 from attncc.ir.operators import OPERATORS
-from attncc.ir.rewrite import kind_of, walk
+from attncc.ir.rewrite import children, kind_of, walk
 from attncc.ir.text import to_text
 from attncc.ir.types import DType, Kind
 from attncc.passes.ranges import INT32, Range, int_range
@@ -86,6 +88,8 @@ class CppPrinter:
         # Within the outer levels of a rows kernel floats are f64, whatever the element type.
         self._outer = False
         self._row_levels: RowLevels | None = split_levels(plan) if isinstance(plan, RowsPlan) else None
+        self._definitions = Definitions(plan) if isinstance(plan, ForwardPlan) else None
+        self._tiled = tiled_loads(plan, self._dtypes) if isinstance(plan, ForwardPlan) else ()
         for bindings, level in self._levels():
             for binding in bindings:
                 self._define(binding, level)
@@ -106,6 +110,15 @@ class CppPrinter:
             "lanes": self.lanes,
             "row_levels": lambda plan: self._row_levels,
             "table_element": table_element,
+            "tiled_loads": lambda plan: self._tiled,
+            "tile_type": lambda tiled: self._lane_type(self._print_load(tiled.value)),
+            "tile_value": lambda tiled: self._print_load(tiled.value).text,
+            "plane_elements": lambda plan: {
+                ELEMENT_TYPES[self._dtypes[t.load.tensor]] for t in self._tiled if t.axis is not None
+            },
+            "plane_row": self.plane_row,
+            "plane_first": self.plane_first,
+            "has_bands": self.has_bands,
             "staged": self.staged,
             "tidy": tidy,
             "classified_keys": lambda plan: CLASSIFIED_KEYS,
@@ -137,20 +150,58 @@ class CppPrinter:
 
     def staged(self, staged: Staged, indent: int = 8) -> str:
         """Statements that return `staged.value` in lanes."""
-        lines = [f"const {self.type_of(b)} {mangle(b.name)} = {self._print(b.value).text};" for b in staged.bindings]
-        lines.append(f"return {self.lanes(staged.value)};")
-        return f"\n{' ' * indent}".join(lines)
+        lines = [f"return {self.lanes(staged.value)};"]
+        # What only loads of whole tiles need is computed there.
+        needed = self._variables_of(staged.value)
+        for binding in reversed(staged.bindings):
+            if binding.name in needed:
+                needed |= self._variables_of(binding.value)
+                lines.append(f"const {self.type_of(binding)} {mangle(binding.name)} = {self._print(binding.value).text};")
+        return f"\n{' ' * indent}".join(reversed(lines))
+
+    def _variables_of(self, expr: Expr) -> set[str]:
+        """The variables that the text of `expr` reads."""
+        if isinstance(expr, Variable):
+            return {expr.name}
+        if any(expr == tiled.load for tiled in self._tiled):
+            return set()
+        return set[str]().union(*(self._variables_of(child) for child in children(expr)))
 
     def type_of(self, binding: Binding) -> str:
         """The C++ type of a binding."""
         printed = self._variables[binding.name]
-        if not printed.lanes:
-            if printed.f64:
-                return "double"
-            return "int64" if printed.wide else SCALAR_TYPES[printed.kind]
+        if printed.lanes:
+            return self._lane_type(printed)
+        if printed.f64:
+            return "double"
+        return "int64" if printed.wide else SCALAR_TYPES[printed.kind]
+
+    @staticmethod
+    def _lane_type(printed: Printed) -> str:
         if printed.kind is Kind.FLOAT:
             return "floats"
         return "longs" if printed.wide else "ints"
+
+    def plane_row(self, plane: TiledLoad) -> str:
+        """The address of element 0, along the keys, of the row of lane `i` of a plane."""
+        indices = [self._print(index) for index in plane.value.indices]
+        texts = [_at_lane(index) for index in indices]
+        assert plane.axis is not None
+        texts[plane.axis] = "0"
+        return f"{mangle(plane.load.tensor)}.address({', '.join(texts)})"
+
+    def plane_first(self, plane: TiledLoad) -> str:
+        """The index, along the keys, of the key `key`."""
+        assert plane.axis is not None
+        return self._print(plane.value.indices[plane.axis]).text
+
+    def has_bands(self, plan: KernelPlan) -> bool:
+        """Whether a load of the kernel is a band."""
+        return any(
+            isinstance(node, Load) and ".band(" in self._print_load(node).text
+            for expr in _expressions(plan, self._row_levels)
+            for node in walk(expr)
+        )
 
     def tensor_type(self, tensor: TensorArgument) -> str:
         """The C++ type of a captured tensor."""
@@ -176,7 +227,7 @@ class CppPrinter:
     def loads_lanes(self, plan: KernelPlan) -> bool:
         """Whether captured tensors are read at an index that differs between queries."""
         return any(
-            isinstance(node, Load) and self._print(node).lanes for expr in _expressions(plan, self._row_levels) for node in walk(expr)
+            isinstance(node, Load) and self._print_load(node).lanes for expr in _expressions(plan, self._row_levels) for node in walk(expr)
         )
 
     # --- expressions ------------------------------------------------------------------------------------------------
@@ -240,11 +291,21 @@ class CppPrinter:
         return Printed(repr(value) if self._outer else self.machine.literal(repr(value)), Kind.FLOAT, level=level)
 
     def _load(self, load: Load) -> Printed:
+        printed = self._print_load(load)
+        tiled = next((tiled for tiled in self._tiled if tiled.load == load), None)
+        return printed if tiled is None else replace(printed, text=f"key.{tiled.name}")
+
+    def _print_load(self, load: Load) -> Printed:
         indices = [self._print(index) for index in load.indices]
-        text = f"{mangle(load.tensor)}({', '.join(index.text for index in indices)})"
         lanes = any(index.lanes for index in indices)
+        band = lanes and self._is_band(load)
+        text = f"{mangle(load.tensor)}{'.band' if band else ''}({', '.join(index.text for index in indices)})"
         wide = self._dtypes[load.tensor] is DType.I64 and not self._lanes_are_wide(lanes)
         return Printed(text, load.kind, lanes, wide)
+
+    def _is_band(self, load: Load) -> bool:
+        own_type = DType.F64 if self.machine.real == "double" else DType.F32
+        return self._definitions is not None and self._dtypes[load.tensor] is own_type and self._definitions.is_band(load)
 
     def _summary(self, summary: Summary) -> Printed:
         position = next(
@@ -337,6 +398,13 @@ class CppPrinter:
         if value.kind is Kind.FLOAT:
             text = f"real({text})" if re.fullmatch(r"-?[0-9.e+-]+f?", text) and self.machine.real == "float" and not text.endswith("f") else text
         return Printed(f"splat({text})", value.kind, True, value.wide and not self._lanes_are_wide(True))
+
+
+def _at_lane(value: Printed) -> str:
+    """An index of lane `i`."""
+    if not value.lanes:
+        return value.text
+    return f"({value.text})[i]" if value.level > _ATOM else f"{value.text}[i]"
 
 
 def tidy(text: str) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
 from attncc.ir.types import DType, Kind
 from attncc.ir.nodes import Summary
 from attncc.plan.nodes import CppTile, ForwardPlan, KernelPlan, RowsPlan, ScalarArgument, TensorArgument, TilesPlan
+from attncc.resources import folder
 
 ELEMENT_TYPES: dict[DType, str] = {
     DType.BOOL: "bool",
@@ -230,26 +233,36 @@ def _list_fields(const: str) -> tuple[Field, ...]:
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
-# Names that a specification may use and the generated code uses for something else.
-_RESERVED = frozenset(
+_KEYWORDS = frozenset(
     """
     alignas alignof and and_eq asm auto bitand bitor bool break case catch char class compl const constexpr const_cast
     continue decltype default delete do double dynamic_cast else enum explicit export extern false float for friend goto
     if inline int long mutable namespace new noexcept not not_eq nullptr operator or or_eq private protected public
     register reinterpret_cast return short signed sizeof static static_assert static_cast struct switch template this
     thread_local throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t while xor
-    xor_eq linux unix
-    q k v o lse x y B H HKV M N D E b h hkv d q_row q_idx kv_idx q_lo q_hi kv_lo kv_hi q_offset num_threads
-    list_offsets list_entries list_stride_b list_stride_h key dot score mask weight rows row args exponent_scale kept
-    possible certain sink_score key_at call head
+    xor_eq linux unix main
     """.split()
 )
+# Names of `argument_fields`, and those that templates put together.
+_FIELDS = frozenset("q k v o x y lse B H HKV M N q_offset num_threads list_offsets list_entries list_stride_b list_stride_h".split())
+_NUMBERED = re.compile(r"(summary|summarized|fill_summary|range)_\d+|of_spec_\w+")
+
+
+@functools.cache
+def _template_names() -> frozenset[str]:
+    """Every identifier in the code of the C++ templates: what generated code may use itself."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((folder("templates") / "cpp").glob("*.jinja")))
+    code = re.sub(r"{#.*?#}|//[^\n]*", " ", text, flags=re.DOTALL)
+    return frozenset(re.findall(r"[A-Za-z_]\w*", code))
 
 
 def mangle(name: str) -> str:
-    """A name of the specification as a C++ identifier that means nothing else in the generated code.
+    """A name of the specification as a C++ identifier that means nothing else in the generated code."""
+    return next(spelt for spelt in (name, f"{name}_", f"of_spec_{name}") if spelt.startswith("of_spec_") or not _taken(spelt))
 
-    The templates' own types, functions and constants end in an underscore, hold a capital letter or are shadowed
-    harmlessly inside the structs that hold the specification's names.
-    """
-    return f"{name}_" if name in _RESERVED else name
+
+def _taken(name: str) -> bool:
+    if name in _KEYWORDS or name in _FIELDS or name in _template_names() or _NUMBERED.fullmatch(name):
+        return True
+    # `x_` is how `x` may be spelt.
+    return name.endswith("_") and _taken(name[:-1])
