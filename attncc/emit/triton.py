@@ -272,11 +272,12 @@ class TritonPrinter:
         index, size = load.indices[axis], self.shapes[load.tensor][axis]
         match index, size:
             case (
-                (Index(name="b"), Size(name="B")) | (Index(name="h"), Size(name="H")) | (Index(name="hkv"), Size(name="HKV"))
+                (Index(name="b"), Size(name="B"))
+                | (Index(name="h"), Size(name="H"))
+                | (Index(name="hkv"), Size(name="HKV"))
+                | (Index(name="q_row"), Size(name="M"))
             ):
                 return self.print(index, matrix=matrix).source
-            case Index(name="q_row"), Size(name="M"):
-                return self._leaf("rows_m", self._index_axis("q_row"), matrix, wide=False).source
             case Index(name="kv_idx"), Size(name="N"):
                 return self._leaf("rows_n", self._index_axis("kv_idx"), matrix, wide=False).source
             case _, Constant(value=int(value)) if int_range(index, self.dtypes, self.ranges).within(Range(0, value - 1)):

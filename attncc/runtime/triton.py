@@ -305,17 +305,17 @@ class LoadedModule:
 
 
 def variant_of(operands: Iterable[Tensor], captured: Iterable[Tensor]) -> Variant:
-    """What may be taken for granted about these tensors."""
-    bits, widest = 0, 0
+    """What may be taken for granted about these tensors. `operands` of attention are q, k, v, o."""
+    bits, widest, packed = 0, 0, []
     for operand in operands:
-        itemsize = operand.element_size()
         bits |= operand.data_ptr()
         if operand.dim() == 4:
             batch, head, row, _ = operand.stride()
-            bits |= (batch | head | row) * itemsize
+            bits |= (batch | head | row) * operand.element_size()
             widest = max(widest, row)
+            packed.append(row == operand.shape[3])
     unit = tuple(tensor.stride(-1) == 1 for tensor in captured if tensor.dim())
-    return Variant(bits % 16 == 0, widest >= _WIDE_STRIDE, unit)
+    return Variant(bits % 16 == 0, widest >= _WIDE_STRIDE, len(packed) == 4 and packed[1] and packed[2], unit)
 
 
 def store(name: str, source: str, folder: Path) -> Path:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from attncc.diagnostics import BuildError
-from attncc.plan.nodes import ForwardPlan, KernelPlan, TilesPlan, TritonTile
+from attncc.plan.nodes import ForwardPlan, KernelPlan, RowsPlan, TilesPlan, TritonTile
 from attncc.plan.triton_tiles import MACHINES
 from attncc.runtime.cache import write_atomically
 from attncc.runtime.triton_errors import NoTriton, TritonCompilationFailed, UnknownArch
@@ -92,8 +92,13 @@ def compile_all(requests: Sequence[Request]) -> list[dict[str, Resources] | Buil
 
 
 def default_variant(plan: KernelPlan) -> Variant:
-    """Tensors as they usually come: aligned, below 2**31 elements a tile, contiguous."""
-    return Variant(aligned=True, wide=False, unit=tuple(True for tensor in plan.tensors if tensor.rank))
+    """Tensors as they usually come: contiguous, and so aligned where the rows are whole 16-byte units."""
+    aligned = isinstance(plan, TilesPlan) or all(width * plan.dtype.bytes % 16 == 0 for width in _widths(plan))
+    return Variant(aligned=aligned, wide=False, packed=True, unit=tuple(True for tensor in plan.tensors if tensor.rank))
+
+
+def _widths(plan: ForwardPlan | RowsPlan) -> tuple[int, ...]:
+    return (plan.width,) if isinstance(plan, RowsPlan) else (plan.head_dim_qk, plan.head_dim_v)
 
 
 def options_of(plan: KernelPlan) -> dict[str, int]:

@@ -19,6 +19,22 @@ def attn_clamp(index, size):
 
 
 @triton.jit
+def attn_tally(v):
+    """1 for -inf, 256 for inf, 40960 for NaN, else 0: sums over up to 128 of them say which there are."""
+    number = tl.where(v == float("inf"), 256.0, 0.0)
+    number = tl.where(v == float("-inf"), 1.0, number)
+    return tl.where(v != v, 40960.0, number)
+
+
+@triton.jit
+def attn_add_tallied(acc, seen):
+    """acc plus the infinite and missing values that were counted in `seen`."""
+    acc = tl.where(seen >= 256.0, acc + float("inf"), acc)
+    acc = tl.where(seen - 256.0 * tl.floor(seen / 256.0) > 0.0, acc - float("inf"), acc)
+    return tl.where(seen >= 40960.0, float("nan"), acc)
+
+
+@triton.jit
 def attn_floordiv(x, y):
     """x // y, rounded down (Triton's rounds towards zero); 0 where y is 0."""
     divisor = tl.where(y == 0, 1, y)
