@@ -112,6 +112,26 @@ class UnknownSetting(Diagnostic):
 
 
 @dataclass(frozen=True, slots=True)
+class ReadsOutside(Diagnostic):
+    code = "A0639"
+    title = "`{tensor}` is read outside its axis {axis}: index {index} of {size}"
+    label = "at {place}"
+    help = "a pair that must not read here has to be left out by `mask`, or the index moved with `clamp`"
+    explanation = (
+        "A pair that the mask keeps reads outside a captured tensor. Kernels read the nearest element instead, so "
+        "nothing breaks, but the result is hardly what was meant."
+    )
+    bad = "attention shifted(bias: f32[N]):\n    score = qk + bias[kv_idx + 1]"
+    good = "attention shifted(bias: f32[N + 1]):\n    score = qk + bias[kv_idx + 1]"
+
+    tensor: str
+    axis: int
+    index: int
+    size: int
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
 class InternalError(Diagnostic):
     code = "A0901"
     title = "attncc itself failed: {kind}: {message}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,7 +44,6 @@ class Loaded:
 
 def load(path: str, name: str | None, settings: Mapping[str, Value]) -> Loaded:
     """Reads and checks a specification. Raises SpecError for its mistakes."""
-    path = os.path.relpath(path) if path.startswith("/") else path
     source = read(Path(path))
     constants = constant_names(parse(source), name)
     values = {key: value for key, value in settings.items() if key in constants}

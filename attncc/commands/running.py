@@ -18,9 +18,10 @@ from attncc.diagnostics import CallError
 from attncc.errors import UnknownPeer
 from attncc.ir.types import DType
 from attncc.peers import Call
+from attncc.reference import OutOfRange
 from attncc.runtime.arguments import TORCH_DTYPES
 from attncc.runtime.cpp_toolchain import ARCHS, find_compiler, native_arch
-from attncc.verify import Report, returns_lse, snippet
+from attncc.verify import Report, reads_outside, returns_lse, snippet
 from attncc.verify import verify as verify_target
 
 # Pairs up to which `run` compares with the reference unasked.
@@ -44,9 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
     milliseconds = [1e3 * seconds for seconds in _times(lambda: attn(q, k, v, **inputs), q.device)]
     print(f"{'time':<10} {sorted(milliseconds)[len(milliseconds) // 2]:.3f} ms, median of {len(milliseconds)} calls")
     if q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= _SMALL:
-        exact, _ = attn.reference(q, k, v, return_lse=True, **inputs) if lse is not None else (
-            attn.reference(q, k, v, **inputs), None
-        )  # fmt: skip
+        try:
+            exact = attn.reference(q, k, v, **inputs)
+        except OutOfRange as error:
+            raise CallError(reads_outside(error)) from error
         error = (o.double() - exact).abs().max().item() if o.numel() else 0.0
         print(f"{'error':<10} {error:.2e} at most, against the float64 reference")
     if arguments.output is not None:

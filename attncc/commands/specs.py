@@ -6,14 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from attncc.build import check as check_spec
 from attncc.build import read
-from attncc.commands.common import constant_names, load, say, write
+from attncc.check import check_all
+from attncc.commands.common import load, say, write
 from attncc.diagnostics import AttnError, CallError, explain_code
 from attncc.errors import UnknownCode
 from attncc.ir.types import DType
 from attncc.runtime.arguments import TORCH_DTYPES
-from attncc.syntax import format_source, parse
+from attncc.syntax import format_source
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -21,18 +21,12 @@ def check(arguments: argparse.Namespace) -> int:
     errors: list[AttnError] = []
     for path in arguments.files:
         try:
-            file = parse(read(Path(path)))
-            for attention in file.attentions or (None,):
-                name = None if attention is None else attention.name
-                known = constant_names(file, name)
-                constants = {key: value for key, value in arguments.set if key in known}
-                checked = check_spec(Path(path), name=name, **constants)
-                print(f"{path}: {checked.name}: ok")
+            for name in check_all(read(Path(path)), dict(arguments.set)):
+                print(f"{path}: {name}: ok")
         except AttnError as error:
             errors.append(error)
-    # A mistake in a definition shows in every attention that uses it.
-    for text in dict.fromkeys(str(error) for error in errors):
-        print(text, end="\n\n", file=sys.stderr)
+    for error in errors:
+        print(error, end="\n\n", file=sys.stderr)
     return 1 if errors else 0
 
 
