@@ -8,8 +8,8 @@ import attncc
 from attncc.ir.nodes import Apply, Constant, Expr, Hole, Index, Load, Parameter, Variable
 from attncc.ir.rewrite import walk
 from attncc.ir.types import DType, Kind
-from attncc.plan.build import GROUP_SIZE, plan_attention
-from attncc.plan.nodes import ForwardPlan, Program, RowsPlan, Specialization, Target
+from attncc.plan.build import plan_attention
+from attncc.plan.nodes import GROUP_SIZE, ForwardPlan, Program, RowsPlan, Specialization, Target
 
 CPP = Target("cpp", "avx512")
 TRITON = Target("triton", "sm_90")

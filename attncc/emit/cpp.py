@@ -93,6 +93,9 @@ class CppPrinter:
         for bindings, level in self._levels():
             for binding in bindings:
                 self._define(binding, level)
+        for tiled in self._tiled:
+            for binding in tiled.staged.bindings:
+                self._define(binding, "pair")
 
     def filters(self) -> Mapping[str, Callable[..., object]]:
         return {
@@ -112,7 +115,7 @@ class CppPrinter:
             "table_element": table_element,
             "tiled_loads": lambda plan: self._tiled,
             "tile_type": lambda tiled: self._lane_type(self._print_load(tiled.value)),
-            "tile_value": lambda tiled: self._print_load(tiled.value).text,
+            "tile_value": self.tile_value,
             "plane_elements": lambda plan: {
                 ELEMENT_TYPES[self._dtypes[t.load.tensor]] for t in self._tiled if t.axis is not None
             },
@@ -150,7 +153,15 @@ class CppPrinter:
 
     def staged(self, staged: Staged, indent: int = 8) -> str:
         """Statements that return `staged.value` in lanes."""
-        lines = [f"return {self.lanes(staged.value)};"]
+        return self._statements(staged, self.lanes(staged.value), indent)
+
+    def tile_value(self, tiled: TiledLoad) -> str:
+        """Statements that return a value of `tiled`."""
+        assert isinstance(tiled.staged.value, Load)
+        return self._statements(tiled.staged, self._print_load(tiled.staged.value).text, indent=8)
+
+    def _statements(self, staged: Staged, result: str, indent: int) -> str:
+        lines = [f"return {result};"]
         # What only loads of whole tiles need is computed there.
         needed = self._variables_of(staged.value)
         for binding in reversed(staged.bindings):
@@ -205,7 +216,7 @@ class CppPrinter:
 
     def tensor_type(self, tensor: TensorArgument) -> str:
         """The C++ type of a captured tensor."""
-        field = next(f for f in argument_fields(self.plan) if f.slots[0][0] == tensor.name)
+        field = next(f for f in argument_fields(self.plan) if f.captured and f.slots[0][0] == tensor.name)
         return field.declaration.rsplit(" ", 1)[0]
 
     def functions(self, plan: KernelPlan) -> list[str]:

@@ -18,6 +18,7 @@ from attncc.ir.nodes import Apply, Expr, Hole, Index, Load, Variable
 from attncc.ir.rewrite import substitute, walk
 from attncc.ir.types import DType
 from attncc.plan.nodes import ForwardPlan, Staged
+from attncc.plan.stage import share
 
 # Element types that are transposed as they are or as floats; 64-bit ints would need vectors of their own.
 _PLANE_TYPES = frozenset(DType) - {DType.I64}
@@ -30,6 +31,7 @@ class TiledLoad:
     name      of the tile
     load      as score, weight or mask have it
     value     the same in terms of values outside the pair
+    staged    that, with its shared parts bound first
     axis      of the tensor, along which keys lie; None where the load is no plane
     masked    only masks read it, so that tiles without masked pairs do without
     """
@@ -37,6 +39,7 @@ class TiledLoad:
     name: str
     load: Load
     value: Load
+    staged: Staged
     axis: int | None
     masked: bool
 
@@ -45,6 +48,10 @@ def tiled_loads(plan: ForwardPlan, dtypes: Mapping[str, DType]) -> tuple[TiledLo
     """The loads of score, weight and mask that vary with query and key, but not with the product of the two."""
     definitions = Definitions(plan)
     found: dict[Load, TiledLoad] = {}
+    levels = (plan.call, plan.head, plan.row, plan.key)
+    taken = {binding.name for level in levels for binding in level} | {p.name for p in plan.spec.parameters}
+    for stage in (plan.score, plan.weight, plan.mask):
+        taken |= {binding.name for binding in stage.bindings} if stage else set[str]()
     stages: list[tuple[Staged | None, bool]] = [(plan.score, False), (plan.weight, False), (plan.mask, True)]
     for stage, masked in stages:
         for load in _loads(stage):
@@ -52,7 +59,7 @@ def tiled_loads(plan: ForwardPlan, dtypes: Mapping[str, DType]) -> tuple[TiledLo
             if load in found or not definitions.varies_with_both(value) or any(isinstance(n, Hole) for n in walk(value)):
                 continue
             axis = definitions.key_axis(value) if dtypes[load.tensor] in _PLANE_TYPES else None
-            found[load] = TiledLoad(f"{load.tensor}_tile_{len(found)}", load, value, axis, masked)
+            found[load] = TiledLoad(f"{load.tensor}_tile_{len(found)}", load, value, share(value, taken), axis, masked)
     return tuple(found.values())
 
 

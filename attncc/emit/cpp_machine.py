@@ -250,9 +250,9 @@ _NUMBERED = re.compile(r"(summary|summarized|fill_summary|range)_\d+|of_spec_\w+
 
 @functools.cache
 def _template_names() -> frozenset[str]:
-    """Every identifier in the code of the C++ templates: what generated code may use itself."""
+    """Every identifier in the C++ of the templates: what generated code may use itself."""
     text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((folder("templates") / "cpp").glob("*.jinja")))
-    code = re.sub(r"{#.*?#}|//[^\n]*", " ", text, flags=re.DOTALL)
+    code = re.sub(r"{#.*?#}|{%.*?%}|{{.*?}}|//[^\n]*", " ", text, flags=re.DOTALL)
     return frozenset(re.findall(r"[A-Za-z_]\w*", code))
 
 

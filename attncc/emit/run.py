@@ -14,8 +14,7 @@ from attncc.emit.triton import block_rows
 from attncc.ir.nodes import Summary
 from attncc.ir.types import Kind
 from attncc.passes.variance import variance
-from attncc.plan.build import GROUP_SIZE
-from attncc.plan.nodes import KernelPlan, Program, RowsPlan
+from attncc.plan.nodes import GROUP_SIZE, KernelPlan, Program, RowsPlan
 
 
 def render_run(program: Program, templates: Sequence[Path] = ()) -> str:

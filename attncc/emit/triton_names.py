@@ -44,6 +44,12 @@ RESERVED = frozenset({*_KERNEL_NAMES.split(), *keyword.kwlist})
 
 def name_of(name: str) -> str:
     """A name of the specification or of a binding, as a kernel spells it: the kernel's own names come first."""
-    while name in RESERVED or _NUMBERED.fullmatch(name):
-        name += "_"
-    return name
+    spellings = (name, f"{name}_", f"of_spec_{name}")
+    return next(spelt for spelt in spellings if spelt.startswith("of_spec_") or not _taken(spelt))
+
+
+def _taken(name: str) -> bool:
+    if name in RESERVED or _NUMBERED.fullmatch(name):
+        return True
+    # `x_` is how `x` may be spelt.
+    return name.endswith("_") and _taken(name[:-1])

@@ -31,6 +31,7 @@ from attncc.passes.simplify import simplify, simplify_expr
 from attncc.passes.variance import variance
 from attncc.plan.cpp_tiles import choose_tile as choose_cpp_tile
 from attncc.plan.nodes import (
+    GROUP_SIZE,
     Binding,
     BlockStructure,
     ForwardPlan,
@@ -48,10 +49,6 @@ from attncc.plan.nodes import (
 )
 from attncc.plan.stage import Stager, share
 from attncc.plan.triton_tiles import choose_tile as choose_triton_tile
-
-# A run-time scalar of the kernel, not of the specification: H // HKV of the call. It stands for the key/value head of
-# a query head where k and v have been written out once per query head, so that the kernel's own HKV is H.
-GROUP_SIZE = "group_size"
 
 _PAIR_LEVELS = ("call", "head", "row", "key")
 _PAIR_SUFFIXES = ("c", "h", "q", "kv")
@@ -250,9 +247,28 @@ def _cheapen(expr: Expr, exact_division: bool) -> Expr:
                 if isinstance(divisor, Constant) and divisor.value
                 else Apply("div", (Constant(1.0), divisor))
             )
-            return Apply("mul", (dividend, reciprocal))
+            return _scaled(dividend, reciprocal)
+        case Apply(op="mul", args=(left, right)) if not exact_division and _is_factor(right) and not _is_factor(left):
+            return _scaled(left, right)
         case _:
             return expr
+
+
+def _is_factor(expr: Expr) -> bool:
+    """Whether `expr` is constant within a head."""
+    return _pair_level(expr) < _PAIR_LEVELS.index("row")
+
+
+def _scaled(value: Expr, factor: Expr) -> Expr:
+    """value * factor, with the factors that are constant within a head gathered: one product per pair. Differs from
+    multiplying one by one by a rounding."""
+    match value:
+        case Apply(op="mul", args=(first, rest)) if _is_factor(first):
+            if isinstance(first, Constant) and isinstance(factor, Constant):
+                return Apply("mul", (Constant(first.value * factor.value), rest))
+            return Apply("mul", (Apply("mul", (first, factor)), rest))
+        case _:
+            return Apply("mul", (value, factor))
 
 
 def _hoist_blocks(blocks: BlockStructure, stager: Stager) -> BlockStructure:

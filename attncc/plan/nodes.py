@@ -16,6 +16,10 @@ from typing import Literal, TypeAlias
 from attncc.ir.nodes import Attention, Expr, RowName, Summary
 from attncc.ir.types import DType, Kind
 
+# A run-time scalar of kernels, not of specifications: H // HKV of the call. It stands for the key/value head of a query
+# head where k and v have been written out once per query head, so that the kernel's own HKV is H.
+GROUP_SIZE = "_group_size"
+
 
 @dataclass(frozen=True, slots=True)
 class Target:

@@ -57,6 +57,7 @@ class CompiledAttention:
 
     def __call__(
         self,
+        /,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -80,7 +81,7 @@ class CompiledAttention:
         if return_lse and not self._has_lse:
             raise CallError(NoLse(None, self.attention.name))
         if torch.is_grad_enabled():
-            self._refuse_gradients({"q": q, "k": k, "v": v, **bound.tensors})
+            self._refuse_gradients({"q": q, "k": k, "v": v, **inputs})
         sizes = bound.sizes
         key = (q.dtype, sizes.D, sizes.E, q.device, *[tensor.dtype for tensor in bound.tensors.values()])
         program = self._programs.get(key)
@@ -91,6 +92,7 @@ class CompiledAttention:
 
     def reference(
         self,
+        /,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -160,7 +162,9 @@ class CompiledAttention:
             return self._programs[key]
 
     @staticmethod
-    def _refuse_gradients(tensors: dict[str, Tensor]) -> None:
-        reasons = [NoGradient(None, name) for name, tensor in tensors.items() if tensor.requires_grad]
+    def _refuse_gradients(arguments: dict[str, Any]) -> None:
+        reasons = [
+            NoGradient(None, name) for name, value in arguments.items() if getattr(value, "requires_grad", False)
+        ]
         if reasons:
             raise CallError(*reasons)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from attncc.plan.nodes import Program
+from attncc.plan.nodes import GROUP_SIZE, Program
 from attncc.runtime.arguments import Bound, Sizes
 from attncc.runtime.cpp import compile_kernel as compile_cpp
 from attncc.runtime.triton import NO_TABLES, ForwardKernel, RowsKernel, TilesKernel
@@ -67,7 +67,7 @@ class TritonProgram:
         if not o.numel():
             return o, lse if return_lse else None
         operands = {"q": _contiguous(q), "k": _contiguous(k), "v": _contiguous(v)}
-        tensors, scalars = bound.tensors, bound.scalars | {"group_size": sizes.H // sizes.HKV}
+        tensors, scalars = bound.tensors, bound.scalars | {GROUP_SIZE: sizes.H // sizes.HKV}
         inner = sizes
         if self._program.operand_heads == "H":
             inner = Sizes(sizes.B, sizes.H, sizes.H, sizes.M, sizes.N, sizes.D, sizes.E)
@@ -88,5 +88,7 @@ class TritonProgram:
 
 
 def _contiguous(x: Tensor) -> Tensor:
-    """`x` with a contiguous last axis: itself, unless it has none."""
+    """`x` with a contiguous last axis, and in memory what it says: itself, unless it has none or is a lazy negation."""
+    if x.is_neg():
+        x = x.resolve_neg()
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()

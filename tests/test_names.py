@@ -1,0 +1,61 @@
+"""A specification may use any name that the language leaves it, also those that generated code uses itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import attncc
+from attncc.runtime.arguments import Sizes
+
+# Names of generated kernels: arguments, locals, types, functions, members; keywords of C++; builtins of Python.
+NAMES = """
+    acc alpha args arguments at base bias call captured certain dot double end entry exp2_all false_ first float_of floats
+    full head heads hkv_ i inputs inside ints j keep kept key keys kv l_i lane large lo longs lse m_i main mask_ min_ num_threads
+    o offs_m out p part pid possible product qk_ range rows run s scale_ self size start_m std stride struct sum sum_ table
+    template_ this tile tile_m tl torch total triton true_ unsigned value vector_ word words x y
+    register signed typename volatile auto char short long goto static
+    Head Rows Tile Key Call LANES E_ D_ KEYS BLOCK_M FLOAT EXACT LOG2E real group_size summary_0 list_offsets
+""".split()
+NAMES = sorted({name.rstrip("_") if name.rstrip("_") not in ("false", "true", "mask", "scale", "qk", "hkv", "min", "sum", "E", "D", "template", "vector") else name for name in NAMES})
+SIZES = Sizes(1, 2, 1, 9, 11, 8, 8)
+
+
+def usable(name: str) -> bool:
+    try:
+        attncc.check(f"attention a({name}: float):\n    score = qk + {name}")
+    except attncc.SpecError:
+        return False
+    return True
+
+
+USABLE = [name for name in NAMES if usable(name)]
+
+
+def test_most_names_are_left_to_specifications() -> None:
+    assert len(USABLE) > 0.6 * len(NAMES)
+
+
+def check(names: list[str], target: str) -> None:
+    """A specification with a scalar, a tensor and a let of each name, transforms of rows and a table of tiles."""
+    q, k, v = (torch.randn(1, heads, n, 8, generator=torch.Generator().manual_seed(n)) for heads, n in ((2, 9), (1, 11), (1, 11)))
+    half = len(names) // 2
+    scalars, tensors = names[:half], names[half:]
+    parameters = ", ".join([*(f"{n}: float" for n in scalars), *(f"{n}: f32[N]" for n in tensors)])
+    total = " + ".join([*scalars, *(f"{n}[kv_idx]" for n in tensors)])
+    spec = (
+        f"attention a({parameters}):\n"
+        f"    k = k * ({' + '.join(scalars)})\n"
+        f"    score = qk + {total}\n"
+        f"    mask = {' + '.join(f'{n}[kv_idx]' for n in tensors)} < 100.0\n"
+    )
+    inputs = {n: 0.01 * i for i, n in enumerate(scalars)} | {n: torch.randn(11) for n in tensors}
+    attn = attncc.build(spec, target=target)
+    torch.testing.assert_close(attn(q, k, v, **inputs).double(), attn.reference(q, k, v, **inputs), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("target", ["cpp", "triton:interpret"])
+def test_generated_code_keeps_its_names_apart(target: str) -> None:
+    for start in range(0, len(USABLE), 36):
+        check(USABLE[start : start + 36], target)
+        check(USABLE[start : start + 36][::-1], target)
