@@ -16,7 +16,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attncc.diagnostics import AttnError, render
+from attncc.diagnostics import AttnError, BuildError, render
 from attncc.eager import eager
 from attncc.error_rule import compare
 from attncc.errors import ReadsOutside
@@ -137,7 +137,8 @@ def _verify_dtype(
             report.failure = Failure(report.target, case, message)
             raise _CaseFailed
 
-    with contextlib.suppress(_CaseFailed):
+    # Where every case was refused or discarded, the report says so.
+    with contextlib.suppress(_CaseFailed, hypothesis.errors.Unsatisfiable):
         holds()
 
 
@@ -162,6 +163,8 @@ def _try(attention: Attention, kernel: _KERNEL, case: Case, report: Report) -> s
         return render(reads_outside(error))
     try:
         o, lse = kernel(q, k, v, q_offset=case.q_offset, **inputs)
+    except BuildError as error:
+        return f"no kernel can be made of it: {error}"
     except AttnError as error:
         diagnostic = error.diagnostics[0]
         report.refused.setdefault(diagnostic.code, f"{diagnostic.fill(diagnostic.title)} ({_sizes_text(case)})")
