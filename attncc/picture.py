@@ -16,12 +16,12 @@ from torch import Tensor
 
 from attncc.diagnostics import BuildError, CallError
 from attncc.errors import CannotWrite
+from attncc.ir.blocks import BlockStructure
 from attncc.ir.nodes import Attention, Expr
 from attncc.passes.algebra import canonical
 from attncc.passes.blocks import block_structure
 from attncc.passes.evaluate import Scene, evaluate
 from attncc.picture_errors import NoMatplotlib, NothingToDraw
-from attncc.plan.nodes import BlockStructure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from itertools import combinations, pairwise, permutations
 from typing import Literal
 
+from attncc.ir.blocks import BlockStructure, KeyRange
 from attncc.ir.nodes import Expr, Index, Load, Size, Summary
 from attncc.ir.rewrite import contains, walk
 from attncc.passes.algebra import (
@@ -36,7 +37,6 @@ from attncc.passes.algebra import (
 from attncc.passes.intervals import Truth, truth
 from attncc.passes.simplify import simplify_expr
 from attncc.passes.solve import Limit, Region, solve
-from attncc.plan.nodes import BlockStructure, KeyRange
 
 MOST_RANGES = 4
 
