@@ -3,8 +3,8 @@
     text ─ read ─▶ Source ─ check ─▶ Attention ─ plan ─▶ Program ─ render ─▶ sources ─ compile ─▶ Executable
 
 `build` goes as far as the Attention; the rest waits for the first call, which tells what to specialize for: element
-types and head dimensions, never lengths, batch, heads or run-time scalars. Both halves are kept in the cache folder; what
-the second one needs (a template engine, the printers) is imported only when it has to run.
+types and head dimensions, never lengths, batch, heads or run-time scalars. Both halves are kept in the cache folder;
+what the second one needs (a template engine, the printers) is imported only when it has to run.
 """
 
 from __future__ import annotations

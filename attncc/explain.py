@@ -127,9 +127,7 @@ def _tile(tile: Tile) -> str:
         case CppTile():
             return f"{tile.block_m} queries ({tile.vectors} registers of {tile.lanes} lanes) x {tile.block_n} keys"
         case TritonTile():
-            return (
-                f"{tile.block_m} queries x {tile.block_n} keys, {tile.num_warps} warps, {tile.num_stages} stages"
-            )
+            return f"{tile.block_m} queries x {tile.block_n} keys, {tile.num_warps} warps, {tile.num_stages} stages"
 
 
 def _levels(plan: KernelPlan) -> Iterable[tuple[str, tuple[Binding, ...]]]:

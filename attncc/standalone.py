@@ -41,7 +41,9 @@ def standalone(attn: CompiledAttention, specialization: Specialization, target: 
         name=spec.name,
         spec=attn.attention,
         program=program,
-        kernels=() if cpp else tuple(_without_imports(p, s, len(sources) > 1) for p, s in zip(program.kernels, sources, strict=True)),
+        kernels=()
+        if cpp
+        else tuple(_without_imports(p, s, len(sources) > 1) for p, s in zip(program.kernels, sources, strict=True)),
         launcher=launcher,
         symbols=tuple(kernel.name for kernel in program.kernels),
         flags=flags(target.arch, target.flags) if cpp else (),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,15 +12,20 @@ import attncc
 from attncc.runtime.arguments import Sizes
 
 # Names of generated kernels: arguments, locals, types, functions, members; keywords of C++; builtins of Python.
-NAMES = """
-    acc alpha args arguments at base bias call captured certain dot double end entry exp2_all false_ first float_of floats
-    full head heads hkv_ i inputs inside ints j keep kept key keys kv l_i lane large lo longs lse m_i main mask_ min_ num_threads
-    o offs_m out p part pid possible product qk_ range rows run s scale_ self size start_m std stride struct sum sum_ table
-    template_ this tile tile_m tl torch total triton true_ unsigned value vector_ word words x y
-    register signed typename volatile auto char short long goto static
-    Head Rows Tile Key Call LANES E_ D_ KEYS BLOCK_M FLOAT EXACT LOG2E real group_size summary_0 list_offsets
-""".split()
-NAMES = sorted({name.rstrip("_") if name.rstrip("_") not in ("false", "true", "mask", "scale", "qk", "hkv", "min", "sum", "E", "D", "template", "vector") else name for name in NAMES})
+NAMES = sorted(
+    re.findall(
+        r"\w+",
+        """
+        acc alpha args arguments at base bias call captured certain dot double end entry exp2_all first float_of floats
+        full head heads hkv_ i inputs inside ints j keep kept key keys kv l_i lane large lo longs lse m_i main
+        num_threads o
+        offs_m out p part pid possible product range rows run s self size start_m std stride struct table this tile
+        tile_m tl torch total triton unsigned value word words x y register signed typename volatile auto char short
+        long goto static template vector Head Rows Tile Key Call LANES KEYS BLOCK_M FLOAT EXACT LOG2E real group_size
+        summary_0 list_offsets x_ o_ real_ stride_kv
+        """,
+    )
+)
 SIZES = Sizes(1, 2, 1, 9, 11, 8, 8)
 
 
@@ -38,7 +46,10 @@ def test_most_names_are_left_to_specifications() -> None:
 
 def check(names: list[str], target: str) -> None:
     """A specification with a scalar, a tensor and a let of each name, transforms of rows and a table of tiles."""
-    q, k, v = (torch.randn(1, heads, n, 8, generator=torch.Generator().manual_seed(n)) for heads, n in ((2, 9), (1, 11), (1, 11)))
+    q, k, v = (
+        torch.randn(1, heads, n, 8, generator=torch.Generator().manual_seed(n))
+        for heads, n in ((2, 9), (1, 11), (1, 11))
+    )
     half = len(names) // 2
     scalars, tensors = names[:half], names[half:]
     parameters = ", ".join([*(f"{n}: float" for n in scalars), *(f"{n}: f32[N]" for n in tensors)])
@@ -49,7 +60,7 @@ def check(names: list[str], target: str) -> None:
         f"    score = qk + {total}\n"
         f"    mask = {' + '.join(f'{n}[kv_idx]' for n in tensors)} < 100.0\n"
     )
-    inputs = {n: 0.01 * i for i, n in enumerate(scalars)} | {n: torch.randn(11) for n in tensors}
+    inputs: dict[str, Any] = {n: 0.01 * i for i, n in enumerate(scalars)} | {n: torch.randn(11) for n in tensors}
     attn = attncc.build(spec, target=target)
     torch.testing.assert_close(attn(q, k, v, **inputs).double(), attn.reference(q, k, v, **inputs), rtol=0, atol=2e-5)
 

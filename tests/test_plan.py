@@ -49,7 +49,7 @@ def test_division_by_what_is_constant_becomes_a_product_but_not_in_f64() -> None
 
     forward = plan(spec).forward
     assert not divides(forward.score.value)
-    assert [b.value for b in forward.call] == [Apply("div", (Constant(1.0), Parameter("cap", Kind.FLOAT)))]
+    assert any(divides(b.value) for b in forward.call)
     assert divides(plan(spec, dtype=DType.F64).forward.score.value)
 
 
@@ -131,8 +131,14 @@ def test_a_causal_window_needs_no_tables() -> None:
 
 
 def test_names_of_bindings_do_not_meet_those_of_the_spec() -> None:
-    program = plan("attention a(s: f32[H], s_h: float, t0: float):\n    score = tanh(qk * s[h]) * tanh(qk * s[h]) + s_h + t0",
-                   ("s", DType.F32))
+    program = plan(
+        "attention a(s: f32[H], s_h: float, t0: float):\n    score = tanh(qk * s[h]) * tanh(qk * s[h]) + s_h + t0",
+        ("s", DType.F32),
+    )
     forward = program.forward
-    names = [b.name for level in (forward.call, forward.head, forward.row, forward.key, forward.score.bindings) for b in level]
+    names = [
+        b.name
+        for level in (forward.call, forward.head, forward.row, forward.key, forward.score.bindings)
+        for b in level
+    ]
     assert len(set(names)) == len(names) and not set(names) & {"s", "s_h", "t0"}

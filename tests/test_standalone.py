@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_a_standalone_file_runs_without_attncc(example: str, target: str, tmp_pa
     attn = attncc.build(EXAMPLES / f"{example}.attn", target=target)
     generator = torch.Generator().manual_seed(0)
     q, k, v = operands(SIZES, torch.float32, generator)
-    more: dict[str, object] = dict(captured_tensors(attn.attention, SIZES, torch.float32, generator))
+    more: dict[str, Any] = dict(captured_tensors(attn.attention, SIZES, torch.float32, generator))
     more |= {p.name: 20 for p in attn.attention.scalars if p.default is None}
     tensors = tuple((name, DTYPES[x.dtype]) for name, x in more.items() if isinstance(x, torch.Tensor))
     specialization = Specialization(DTYPES[q.dtype], SIZES.D, SIZES.E, tensors)

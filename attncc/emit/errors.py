@@ -37,7 +37,9 @@ class UnknownFamily(Diagnostic):
     code = "A0543"
     title = "there is no target `{family}`"
     help = "the targets at hand are {known}"
-    explanation = "A target is `cpp`, `triton`, or one that a folder of templates adds; `:arch` may follow, as in `cpp:avx2`."
+    explanation = (
+        "A target is `cpp`, `triton`, or one that a folder of templates adds; `:arch` may follow, as in `cpp:avx2`."
+    )
     bad = 'attncc.build(spec, target="cuda")'
     good = 'attncc.build(spec, target="triton")'
 

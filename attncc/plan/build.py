@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal
 
+from attncc.ir.blocks import BlockStructure, KeyRange
 from attncc.ir.nodes import (
     Apply,
     Attention,
@@ -33,21 +34,18 @@ from attncc.plan.cpp_tiles import choose_tile as choose_cpp_tile
 from attncc.plan.nodes import (
     GROUP_SIZE,
     Binding,
-    BlockStructure,
     ForwardPlan,
     KernelPlan,
-    KeyRange,
     Program,
     RowsPlan,
     ScalarArgument,
     Specialization,
-    Staged,
     Target,
     TensorArgument,
     Tile,
     TilesPlan,
 )
-from attncc.plan.stage import Stager, share
+from attncc.plan.stage import Stager
 from attncc.plan.triton_tiles import choose_tile as choose_triton_tile
 
 _PAIR_LEVELS = ("call", "head", "row", "key")
@@ -333,9 +331,7 @@ def _block_exprs(blocks: BlockStructure) -> list[Expr]:
 
 def _tensors_in(exprs: Iterable[Expr], specialization: Specialization) -> tuple[TensorArgument, ...]:
     ranks = {node.tensor: len(node.indices) for expr in exprs for node in walk(expr) if isinstance(node, Load)}
-    return tuple(
-        TensorArgument(name, dtype, ranks[name]) for name, dtype in specialization.tensors if name in ranks
-    )
+    return tuple(TensorArgument(name, dtype, ranks[name]) for name, dtype in specialization.tensors if name in ranks)
 
 
 def _scalars_in(exprs: Iterable[Expr], attention: Attention) -> tuple[ScalarArgument, ...]:

@@ -13,8 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from attncc.ir.blocks import BlockStructure as BlockStructure
-from attncc.ir.blocks import KeyRange as KeyRange
+from attncc.ir.blocks import BlockStructure
 from attncc.ir.nodes import Attention, Expr, RowName
 from attncc.ir.types import DType, Kind
 
@@ -191,8 +190,8 @@ class TilesPlan:
     """Fills the summary tables and, for the list strategy, the lists of live tiles that a `ForwardPlan` reads.
 
     Tables: one per `blocks.summaries` entry, in that order, shape (B or 1, H or 1, ceil(N / block_n)) by what the load
-    varies with; ceil(M / block_m) instead for a summary of axis "q". Lists (per b, h where the mask varies with them; per tile of queries): offsets into one array of
-    entries `tile * 2 + full`, ascending.
+    varies with; ceil(M / block_m) instead for a summary of axis "q". Lists (per b, h where the mask varies with them;
+    per tile of queries): offsets into one array of entries `tile * 2 + full`, ascending.
     """
 
     kernel: Literal["tiles"]

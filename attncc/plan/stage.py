@@ -52,9 +52,7 @@ class Stager:
 
     def _bind(self, expr: Expr, level: int) -> Variable:
         if expr not in self._bound:
-            value = map_children(
-                expr, lambda child: self._hoist(child, level, inside_reduce=isinstance(expr, Reduce))
-            )
+            value = map_children(expr, lambda child: self._hoist(child, level, inside_reduce=isinstance(expr, Reduce)))
             name = self._name(expr, level)
             kind = kind_of(expr)
             self._bindings.setdefault(self.levels[level], []).append(Binding(name, kind, value))

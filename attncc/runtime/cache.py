@@ -91,7 +91,7 @@ def remember(key: str, make: Callable[[], T], suffix: str = "pickle") -> T:
         content = path.read_bytes()
         body = content[_DIGEST_BYTES:]
         if hashlib.sha256(body).digest() == content[:_DIGEST_BYTES]:
-            return pickle.loads(body)  # noqa: S301
+            return pickle.loads(body)
     except OSError:
         pass
     made = make()

@@ -15,7 +15,6 @@ from attncc.diagnostics import CallError
 from attncc.explain import explain
 from attncc.ir.nodes import Attention, Elementwise
 from attncc.ir.text import to_text
-from attncc.ir.types import DType
 from attncc.plan.nodes import Program, Specialization, Target
 from attncc.runtime import cache
 from attncc.runtime.arguments import DTYPES, Bound, Mismatch, Signature, preferred_dtype
@@ -32,8 +31,9 @@ MakeSources = Callable[[Attention, Specialization, Target, Sequence[Path]], Sour
 class CompiledAttention:
     """An attention variant that can be called. Made by `attncc.build`.
 
-    attention: its IR. text: its specification. templates: folders of templates that come before the project's own. Kernels are compiled at the first call of each combination of element
-    types and head dimensions; lengths, batch, heads and run-time scalars never compile anything.
+    attention: its IR. text: its specification. templates: folders of templates that come before the project's own.
+    Kernels are compiled at the first call of each combination of element types and head dimensions; lengths, batch,
+    heads and run-time scalars never compile anything.
     """
 
     def __init__(
@@ -119,11 +119,11 @@ class CompiledAttention:
     ) -> dict[str, str]:
         """The source of each kernel by its name: of all that have been compiled so far, or else for these types."""
         built = list(self._built.values()) or [self.sources(self._specialization(dtype, head_dim, head_dim_v))]
-        return {plan.name: text for program, texts, _ in built for plan, text in zip(program.kernels, texts, strict=True)}
+        return {
+            plan.name: text for program, texts, _ in built for plan, text in zip(program.kernels, texts, strict=True)
+        }
 
-    def explain(
-        self, *, dtype: torch.dtype = torch.float32, head_dim: int = 64, head_dim_v: int | None = None
-    ) -> str:
+    def explain(self, *, dtype: torch.dtype = torch.float32, head_dim: int = 64, head_dim_v: int | None = None) -> str:
         """What was derived from the specification, what was chosen, and why not something else; with the plan of the
         last program that was compiled, or else for these types."""
         built = list(self._built.values()) or [self.sources(self._specialization(dtype, head_dim, head_dim_v))]
@@ -133,13 +133,13 @@ class CompiledAttention:
         """The plans of one specialization, their sources, and that of the module that launches them; from the cache
         folder where they have been made before."""
         target = target or self._default_target()
-        files = [(str(path), path.stat().st_mtime_ns) for folder in self.templates for path in sorted(folder.rglob("*"))]
+        files = [
+            (str(path), path.stat().st_mtime_ns) for folder in self.templates for path in sorted(folder.rglob("*"))
+        ]
         key = cache.key_of(
             "program", cache.compiler_fingerprint(), to_text(self.attention), specialization, target, files
         )
-        return cache.remember(
-            key, lambda: self._make_sources(self.attention, specialization, target, self.templates)
-        )
+        return cache.remember(key, lambda: self._make_sources(self.attention, specialization, target, self.templates))
 
     def _default_target(self) -> Target:
         if self._target is not None:

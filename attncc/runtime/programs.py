@@ -2,7 +2,7 @@
 
     program.run(q, k, v, bound, return_lse) -> (o, lse or None)
 
-`run` trusts its arguments (`attncc.runtime.arguments` has bound them); it only sees to it that last axes are contiguous.
+`run` trusts its arguments (`attncc.runtime.arguments` has bound them); it only makes last axes contiguous.
 """
 
 from __future__ import annotations
@@ -83,7 +83,18 @@ class TritonProgram:
                 case TilesKernel():
                     tables = kernel.launch(inner, bound.q_offset, tensors, scalars, q.device)
                 case ForwardKernel():
-                    kernel.launch(*operands.values(), o, lse, inner, bound.q_offset, tensors, scalars, tables)
+                    kernel.launch(
+                        operands["q"],
+                        operands["k"],
+                        operands["v"],
+                        o,
+                        lse,
+                        inner,
+                        bound.q_offset,
+                        tensors,
+                        scalars,
+                        tables,
+                    )
         return o, lse if return_lse else None
 
 
