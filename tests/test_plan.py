@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 import attncc
-from attncc.ir.nodes import Apply, Constant, Expr, Hole, Index, Load, Parameter, Variable
+from attncc.ir.nodes import Apply, Constant, Expr, Hole, Index, Load, Variable
 from attncc.ir.rewrite import walk
-from attncc.ir.types import DType, Kind
+from attncc.ir.types import DType
 from attncc.plan.build import plan_attention
 from attncc.plan.nodes import GROUP_SIZE, ForwardPlan, Program, RowsPlan, Specialization, Target
 
