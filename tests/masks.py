@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attncc.ir.nodes import Apply, Constant, Expr, Index, Load, Parameter, Size
+from attncc.ir.operators import OPERATORS
 from attncc.ir.types import Kind
 from attncc.passes.evaluate import Scene, evaluate
 
@@ -167,6 +168,78 @@ def _bools(depth: int) -> st.SearchStrategy[Expr]:
     )
 
 
+def applications(name: str, depth: int = 1) -> st.SearchStrategy[Expr]:
+    """One operator applied to small arguments of any of its overloads."""
+    overloads = st.sampled_from(OPERATORS[name].overloads)
+    return overloads.flatmap(
+        lambda overload: st.tuples(*(_argument(kind, depth) for kind in overload.arguments)).map(
+            lambda args: Apply(name, args)
+        )
+    )
+
+
+_BLOCK_OF_ROW = op("floordiv", ROW, Constant(3))
+_BLOCK_OF_KEY = op("floordiv", KV, Constant(4))
+
+
+@cache
+def _argument(kind: Kind, depth: int) -> st.SearchStrategy[Expr]:
+    """Mostly something that varies within a tile and is simple enough to have bounds."""
+    reads = {
+        INT: [
+            Load("ids", (KV,), INT),
+            Load("limit", (ROW,), INT),
+            Load("table", (_BLOCK_OF_ROW, _BLOCK_OF_KEY), INT),
+            Load("table", (_BLOCK_OF_ROW, Constant(1)), INT),
+            op("sub", Q, KV),
+            op("sub", KV, Q),
+            Q,
+            KV,
+        ],
+        FLOAT: [Load("weights", (KV,), FLOAT), Load("weights", (ROW,), FLOAT), op("to_float", op("sub", Q, KV))],
+        BOOL: [
+            Load("seen", (KV,), BOOL),
+            Load("layout", (_BLOCK_OF_ROW, _BLOCK_OF_KEY), BOOL),
+            op("le", KV, Q),
+            op("lt", op("sub", Q, KV), Parameter("w", INT)),
+        ],
+    }
+    simple = st.sampled_from(reads[kind])
+    return st.integers(0, 2).flatmap(lambda choice: simple if choice else exprs(kind, depth))
+
+
+@cache
+def _positions(depth: int) -> st.SearchStrategy[Expr]:
+    """Ints that the solver takes apart: linear in a key or a query, divided, the smaller or greater of two."""
+    of = st.sampled_from([KV, KV, Q, ROW, Load("limit", (ROW,), INT), Parameter("w", INT)])
+    leaf = st.tuples(st.sampled_from([-3, -2, -1, 1, 1, 2, 3]), of, _small).map(
+        lambda t: op("add", op("mul", Constant(t[0]), t[1]), Constant(t[2]))
+    )
+    if depth == 0:
+        return leaf
+    inner = _positions(depth - 1)
+    divisor = st.one_of(st.integers(1, 6).map(Constant), st.just(Parameter("s", INT)), st.just(Constant(-2)))
+    return st.one_of(
+        leaf,
+        _apply(["floordiv"], inner, divisor),
+        _apply(["min", "max", "add", "sub"], inner, leaf),
+        _apply(["abs", "neg"], inner),
+        _apply(["where"], st.sampled_from([Parameter("flag", BOOL), op("lt", KV, Q), op("lt", Q, KV)]), inner, leaf),
+    )
+
+
+@cache
+def _solvable(depth: int) -> st.SearchStrategy[Expr]:
+    compared = _apply(["lt", "le", "gt", "ge", "eq", "ne"], _positions(2), _positions(1))
+    if depth == 0:
+        return compared
+    inner = _solvable(depth - 1)
+    return st.one_of(compared, _apply(["and", "or", "eq"], inner, inner), _apply(["not"], inner))
+
+
+# Predicates whose ranges have a closed form.
+solvable = st.integers(0, 3).flatmap(_solvable)
+
 predicates = st.integers(1, 4).flatmap(lambda depth: exprs(BOOL, depth))
 
 
@@ -201,5 +274,6 @@ def _contents(kind: Kind, shape: tuple[int, ...], generator: torch.Generator) ->
         case Kind.FLOAT:
             values = torch.randn(shape, generator=generator, dtype=torch.float64)
             special = torch.tensor([math.nan, math.inf, -math.inf, 0.0], dtype=torch.float64)
-            which = torch.randint(0, 40, shape, generator=generator)
-            return torch.where(which < 4, special[which.clamp(max=3)], values)
+            # One in eight is special, in every other tensor.
+            which = torch.randint(0, 32, shape, generator=generator) + 4 * torch.randint(0, 2, (), generator=generator)
+            return torch.where(which < 4, special[which.clamp(max=3)], 5 * values)

@@ -8,16 +8,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from masks import KV, ROW, Q, Tiles, at_tiles, op, pairs, pieces, predicates, scenes, tiles_of
+from masks import KV, ROW, Q, Tiles, at_tiles, op, pairs, pieces, predicates, scenes, solvable, tiles_of
 from torch import Tensor
 
+from attncc.ir.blocks import BlockStructure
 from attncc.ir.nodes import Constant, Expr, Index, Load, Parameter, Size, Summary
 from attncc.ir.rewrite import kind_of, walk
 from attncc.ir.types import Kind
 from attncc.passes.blocks import MOST_RANGES, block_structure
 from attncc.passes.evaluate import Scene, evaluate
 from attncc.passes.intervals import varies_in_tile
-from attncc.plan.nodes import BlockStructure
 
 blocks = st.sampled_from([1, 2, 3, 4, 5, 8, 16])
 
@@ -83,6 +83,12 @@ def test_ranges_hold_every_kept_pair_and_their_full_parts_nothing_else(mask: Exp
     Rows(block_structure(mask), scene, block_m).check(pairs(mask, scene))
 
 
+@settings(max_examples=500, deadline=None)
+@given(solvable, scenes(), blocks)
+def test_ranges_of_predicates_that_can_be_solved(mask: Expr, scene: Scene, block_m: int) -> None:
+    Rows(block_structure(mask), scene, block_m).check(pairs(mask, scene))
+
+
 @settings(max_examples=150, deadline=None)
 @given(predicates, scenes(), blocks, blocks)
 def test_simplified_questions_stay_sound(mask: Expr, scene: Scene, block_m: int, block_n: int) -> None:
@@ -107,7 +113,7 @@ def test_what_a_structure_is_made_of(mask: Expr) -> None:
             assert not (isinstance(node, Summary) and node.axis == "kv")
 
 
-# --- masks that have names ---------------------------------------------------------------------------------------------
+# --- masks that have names -------------------------------------------------------------------------------------------
 
 W, S, G = Parameter("w", Kind.INT), Parameter("s", Kind.INT), Parameter("g", Kind.INT)
 DISTANCE = op("sub", Q, KV)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from masks import KV, ROW, TENSORS, Q, at_tiles, exprs, op, pairs, predicates, scenes, tiles_of
+from masks import KV, ROW, TENSORS, Q, applications, at_tiles, exprs, op, pairs, predicates, scenes, tiles_of
 
 from attncc.ir.nodes import Constant, Expr, Index, Load, Parameter, Size, Summary
+from attncc.ir.operators import OPERATORS
 from attncc.ir.rewrite import walk
 from attncc.ir.types import Kind
 from attncc.passes.evaluate import Scene
@@ -33,6 +36,17 @@ def test_an_empty_tile_keeps_nothing_and_a_full_one_everything(
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from([Kind.INT, Kind.FLOAT]).flatmap(lambda kind: exprs(kind, 3)), scenes(), blocks, blocks)
 def test_bounds_hold_every_value(expr: Expr, scene: Scene, block_m: int, block_n: int) -> None:
+    assert_sound(expr, scene, block_m, block_n)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@settings(max_examples=100, deadline=None)
+@given(st.data(), scenes(), blocks, blocks)
+def test_the_rule_of_each_operator(name: str, data: st.DataObject, scene: Scene, block_m: int, block_n: int) -> None:
+    assert_sound(data.draw(applications(name)), scene, block_m, block_n)
+
+
+def assert_sound(expr: Expr, scene: Scene, block_m: int, block_n: int) -> None:
     bounds = interval(expr)
     if bounds is None:
         return
@@ -40,9 +54,17 @@ def test_bounds_hold_every_value(expr: Expr, scene: Scene, block_m: int, block_n
     values = pairs(expr, scene)
     lo, hi, valid = (at_tiles(end, scene, tiles) for end in (bounds.lo, bounds.hi, bounds.valid))
     for i, span in enumerate(tiles.spans):
-        # A NaN in a bound says nothing; neither do infinite ones of a NaN.
-        inside = ~((values[span] < lo[i]) | (values[span] > hi[i]))
-        assert bool(inside.all()) or not bool(valid[i])
+        if values.dtype is torch.bool:
+            assert not (values[span].any() and not hi[i]), "a tile called empty keeps a pair"
+            assert not (lo[i] and not values[span].all()), "a tile called full masks a pair"
+            continue
+        if not valid[i]:
+            continue
+        # A NaN in a bound says nothing, and a NaN must not be told to be less or greater than anything.
+        assert not ((values[span] < lo[i]) | (values[span] > hi[i])).any()
+        if values[span].isnan().any():
+            assert not lo[i] > -math.inf
+            assert not hi[i] < math.inf
 
 
 @given(predicates)
@@ -128,6 +150,29 @@ def test_exact(mask: Expr, block_m: int, block_n: int, stride: int) -> None:
     bounds, kept = truth(mask), pairs(mask, scene)
     assert torch.equal(at_tiles(bounds.possible, scene, tiles), tiles.any(kept))
     assert torch.equal(at_tiles(bounds.certain, scene, tiles), tiles.all(kept))
+
+
+WEIGHT_Q, WEIGHT_KV = Load("weights", (Q,), Kind.FLOAT), Load("weights", (KV,), Kind.FLOAT)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        op("le", op("sub", WEIGHT_Q, WEIGHT_KV), Constant(math.inf)),
+        op("gt", op("mul", WEIGHT_KV, Constant(0.0)), Constant(-1.0)),
+        op("ne", op("mul", WEIGHT_KV, Parameter("zero", Kind.FLOAT)), Constant(7.0)),
+        op("eq", op("to_int", WEIGHT_KV), Constant(0)),
+        op("not", op("lt", WEIGHT_KV, Constant(0.0))),
+        op("lt", op("max", WEIGHT_KV, Constant(0.0)), Constant(9.0)),
+    ],
+)
+@pytest.mark.parametrize("special", [math.inf, -math.inf, math.nan])
+def test_no_nan_passes_for_a_number(mask: Expr, special: float) -> None:
+    scene = scene_of(8, 8)
+    weights = torch.tensor([1.0, special, special, 2.0, special, 5.0, -3.0, 0.0])
+    scene = Scene(scene.sizes, {**scene.inputs, "weights": weights, "zero": 0.0}, scene.head)
+    for block_n in (1, 2, 4, 8):
+        assert_sound(mask, scene, 4, block_n)
 
 
 def test_documents_in_order_are_exact() -> None:

@@ -10,8 +10,20 @@ import torch
 from matplotlib.image import imread
 
 from attncc.diagnostics import BuildError, CallError
-from attncc.ir.nodes import Apply, Attention, Constant, Expr, Index, Load, Parameter, ScalarParameter, Size, Softmax
-from attncc.ir.nodes import TensorParameter, identity_row
+from attncc.ir.nodes import (
+    Apply,
+    Attention,
+    Constant,
+    Expr,
+    Index,
+    Load,
+    Parameter,
+    ScalarParameter,
+    Size,
+    Softmax,
+    TensorParameter,
+    identity_row,
+)
 from attncc.ir.types import DType, Kind
 from attncc.picture import MOST_PAIRS, TileCounts, draw, tile_counts
 

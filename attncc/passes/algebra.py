@@ -130,7 +130,7 @@ def _operands(op: str, terms: Iterable[Expr]) -> Iterator[Expr]:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """constant + the sum of coefficient * atom. Atoms are distinct, in a fixed order, with coefficients other than 0."""
+    """constant + the sum of coefficient * atom. Atoms are distinct, in a fixed order; no coefficient is 0."""
 
     terms: tuple[tuple[Expr, int], ...] = ()
     constant: int = 0

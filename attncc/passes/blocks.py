@@ -195,7 +195,7 @@ def _range(stretch: _Stretch) -> KeyRange:
     return KeyRange(lo, stretch.hi, *(stretch.full or (lo, lo)))
 
 
-# --- order -------------------------------------------------------------------------------------------------------------
+# --- order -----------------------------------------------------------------------------------------------------------
 
 
 def _ascending(stretches: list[_Stretch]) -> tuple[_Stretch, ...] | None:

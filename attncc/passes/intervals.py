@@ -60,7 +60,7 @@ _CELLS_ALONG_KEYS, _CELLS_ELSEWHERE, _CELLS = 4, 3, 8
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """A tile's answer to a predicate: `certain` where it holds for every pair, not `possible` where it holds for none."""
+    """A tile's answer to a predicate: `certain` if it holds for every pair, not `possible` if for none."""
 
     certain: Expr
     possible: Expr
