@@ -352,7 +352,7 @@ def _cells_along(index: Expr) -> int:
         return 1
     if not _is_coarse(index):
         return 0
-    return _CELLS_ALONG_KEYS if varies == {"kv"} else _CELLS_ELSEWHERE
+    return _CELLS_ALONG_KEYS if varies == frozenset({"kv"}) else _CELLS_ELSEWHERE
 
 
 def _is_coarse(index: Expr) -> bool:
