@@ -78,6 +78,8 @@ def torch_value(expr: Expr, env: Environment) -> Tensor:
             tensor = env.leaf(env.inputs[name])
             # What a masked pair reads is not used, but has to lie within the tensor.
             places = [torch_value(i, env).clamp(0, size - 1) for i, size in zip(indices, tensor.shape, strict=True)]
+            if 0 in tensor.shape:
+                return tensor.new_zeros(torch.broadcast_shapes(*(place.shape for place in places)))
             return tensor[tuple(places)] if places else tensor
         case Element(row=row, index=Index(name="d")) if env.indices["d"].numel() == env.rows[row].shape[-1]:
             return env.rows[row]
@@ -161,9 +163,15 @@ def environment(
             "kv_idx": torch.arange(keys, device=device),
         },
         sizes={
-            "B": batch, "H": heads, "HKV": heads_kv, "M": rows, "N": keys, "D": width_qk, "E": v.shape[3],
+            "B": batch,
+            "H": heads,
+            "HKV": heads_kv,
+            "M": rows,
+            "N": keys,
+            "D": width_qk,
+            "E": v.shape[3],
             "q_offset": offset,
-        },  # fmt: skip
+        },
         inputs={**{p.name: p.default for p in attention.scalars if p.default is not None}, **inputs},
         holes={},
         # Where a bf16 formula mixes in positions or f32 tensors, PyTorch computes in f32 from there on.
@@ -172,9 +180,7 @@ def environment(
     )
 
 
-def transform(
-    attention: Attention, q: Tensor, k: Tensor, v: Tensor, env: Environment
-) -> tuple[Tensor, Tensor, Tensor]:
+def transform(attention: Attention, q: Tensor, k: Tensor, v: Tensor, env: Environment) -> tuple[Tensor, Tensor, Tensor]:
     """The transformed rows, with keys and values repeated for every query head."""
     if k.shape[1] != q.shape[1]:
         group = q.shape[1] // k.shape[1]

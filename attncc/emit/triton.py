@@ -131,7 +131,7 @@ class TritonPrinter:
             "matrix": lambda expr: self.print(expr, matrix=True).source,
             "matrix_operand": lambda expr: self.print(expr, matrix=True).at(_AND),
             "tile_matrix": self.tile_matrix,
-            "int32": self.int32,
+            "range_end": self.range_end,
             # Facts.
             "compute_dtype": lambda _: "tl.float64" if self.double else "tl.float32",
             "exact": lambda dtype: dtype in (DType.F32, DType.F64),
@@ -185,10 +185,10 @@ class TritonPrinter:
             case _:
                 assert_never(expr)
 
-    def int32(self, expr: Expr) -> str:
-        """A scalar int whose value is known to fit 32 bits, whatever is computed on the way."""
-        text = self.print(expr, matrix=False)
-        return f"{text.at(_ATOM)}.to(tl.int32)" if self._is_wide(expr) else text.source
+    def range_end(self, expr: Expr) -> str:
+        """An end of a range of keys, in 32 bits: where it may not fit, brought back to the nearest key."""
+        text = self.print(expr, matrix=False).source
+        return f"tl.minimum(tl.maximum({text}, 0), N).to(tl.int32)" if self._is_wide(expr) else text
 
     def tile_matrix(self, expr: Expr) -> str:
         """A value of every pair of the tile, also where it varies with queries or keys alone."""

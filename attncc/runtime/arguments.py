@@ -6,6 +6,7 @@ for every reason.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -75,14 +76,18 @@ class Signature:
         self._dtypes = {p.name: frozenset(TORCH_DTYPES[d] for d in p.dtypes) for p in self.tensors}
 
     def shape(self, name: str, sizes: Sizes) -> tuple[int, ...]:
-        """The shape that the captured tensor `name` must have at these sizes."""
-        return tuple(axis(sizes) for axis in self._shapes[name])
+        """The shape that the captured tensor `name` must have at these sizes. Raises ValueError where it has none,
+        because an axis is declared as a quotient and its divisor is 0."""
+        try:
+            return tuple(axis(sizes) for axis in self._shapes[name])
+        except ZeroDivisionError:
+            raise ValueError(f"the shape of `{name}` divides by a size that is 0") from None
 
     def bind(self, q: Any, k: Any, v: Any, q_offset: int | None, inputs: Mapping[str, Any]) -> Bound:
         """The arguments in the form in which kernels take them. Raises `Mismatch` where they do not fit."""
         try:
             sizes = operand_sizes(q, k, v)
-            offset = sizes.N - sizes.M if q_offset is None else q_offset
+            offset = sizes.N - sizes.M if q_offset is None else python_number(q_offset)
             if type(offset) is not int or not -MAX_LENGTH <= offset <= MAX_LENGTH - sizes.M:
                 raise Mismatch
             if not self.scalars and not self.tensors:
@@ -91,8 +96,8 @@ class Signature:
                 return Bound(sizes, offset, {}, {})
             tensors = {p.name: self._tensor(p, inputs[p.name], sizes, q.device) for p in self.tensors}
             scalars = {p.name: self._scalar(p, inputs.get(p.name, p.default)) for p in self.scalars}
-        except (AttributeError, TypeError, ValueError, KeyError) as error:
-            raise Mismatch from error
+        except (AttributeError, TypeError, ValueError, KeyError, OverflowError, RuntimeError) as error:
+            raise Mismatch from error  # RuntimeError is what PyTorch says where a tensor has no shape, or no value.
         if len(inputs) > len(tensors) + sum(p.name in inputs for p in self.scalars):
             raise Mismatch
         return Bound(sizes, offset, tensors, scalars)
@@ -100,23 +105,42 @@ class Signature:
     def _tensor(self, parameter: TensorParameter, value: Any, sizes: Sizes, device: torch.device) -> Tensor:
         name = parameter.name
         if not parameter.shape and not isinstance(value, Tensor):
-            value = torch.tensor(value, dtype=TORCH_DTYPES[preferred_dtype(parameter)], device=device)
-        if value.dtype not in self._dtypes[name] or value.device != device:
+            return scalar_tensor(parameter, value, device)
+        if value.dtype not in self._dtypes[name] or value.device != device or value.layout is not torch.strided:
             raise Mismatch
         if tuple(value.shape) != self.shape(name, sizes):
             raise Mismatch
-        return value
+        return value.resolve_neg() if value.is_neg() else value
 
     @staticmethod
     def _scalar(parameter: ScalarParameter, value: Any) -> bool | int | float:
-        if isinstance(value, Tensor):
-            value = value.item()
+        value = python_number(value)
         kind = parameter.kind
-        if kind is Kind.FLOAT and type(value) in (float, int):
+        if kind is Kind.FLOAT and type(value) in PYTHON_TYPES[kind]:
             return float(value)
         if type(value) not in PYTHON_TYPES[kind] or (kind is Kind.INT and value not in INT_RANGE):
             raise Mismatch
         return value
+
+
+def python_number(value: Any) -> Any:
+    """The Python number in a tensor or array of one element; anything else as it is.
+
+    Raises ValueError or RuntimeError for a tensor of several elements, or of none that can be read.
+    """
+    return value.item() if hasattr(value, "item") else value
+
+
+def scalar_tensor(parameter: TensorParameter, value: Any, device: torch.device) -> Tensor:
+    """A number as the 0-d tensor that `parameter` declares. Raises `Mismatch` where it is of another kind, or too large."""
+    dtype = preferred_dtype(parameter)
+    number = python_number(value)
+    if type(number) not in PYTHON_TYPES[dtype.kind]:
+        raise Mismatch
+    tensor = torch.tensor(number, dtype=TORCH_DTYPES[dtype])
+    if dtype.kind is Kind.FLOAT and tensor.isinf() and not math.isinf(number):
+        raise Mismatch
+    return tensor.to(device)
 
 
 def operand_sizes(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
@@ -138,6 +162,9 @@ def operand_sizes(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
         or dtype not in OPERAND_DTYPES
         or k.device != device
         or v.device != device
+        or q.layout is not torch.strided
+        or k.layout is not torch.strided
+        or v.layout is not torch.strided
         or rows > MAX_LENGTH
         or keys > MAX_LENGTH
         or width == 0

@@ -13,6 +13,7 @@ from attncc.diagnostics import Diagnostic
 class NotATensor(Diagnostic):
     code = "A0601"
     title = "`{name}` must be a torch.Tensor, found {found}"
+    label = "declared here"
     help = "pass {name} as a tensor of shape {expected}"
     explanation = "q, k, v and every captured tensor are passed as torch tensors."
     bad = "attn([[1.0, 2.0]], k, v)"
@@ -26,7 +27,7 @@ class NotATensor(Diagnostic):
 @dataclass(frozen=True, slots=True)
 class WrongRank(Diagnostic):
     code = "A0602"
-    title = "`{name}` has {found} axes, expected {expected}"
+    title = "`{name}` has shape {found}, expected {expected} axes"
     label = "declared here"
     help = "give {name} the shape {shape}"
     explanation = "q is (B, H, M, D), k (B, HKV, N, D), v (B, HKV, N, E); a captured tensor has the axes it was declared with."
@@ -34,7 +35,7 @@ class WrongRank(Diagnostic):
     good = "attn(torch.randn(1, 1, 8, 64), k, v)"
 
     name: str
-    found: int
+    found: str
     expected: int
     shape: str
 
@@ -96,7 +97,8 @@ class WrongDType(Diagnostic):
 @dataclass(frozen=True, slots=True)
 class WrongDevice(Diagnostic):
     code = "A0606"
-    title = "`{name}` is on {found}, q is on {expected}"
+    title = "`{name}` is on {found}, {other} is on {expected}"
+    label = "declared here"
     help = "move it: {name}.to({expected!r})"
     explanation = "All tensors of a call must lie on one device."
     bad = "attn(q.cuda(), k, v)"
@@ -105,6 +107,7 @@ class WrongDevice(Diagnostic):
     name: str
     found: str
     expected: str
+    other: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +115,13 @@ class MissingInput(Diagnostic):
     code = "A0607"
     title = "`{name}` is missing"
     label = "declared here, without a default"
-    help = "pass it by keyword: attn(q, k, v, {name}={example})"
+    help = "pass {what} by keyword: attn(q, k, v, {name}={example})"
     explanation = "Every tensor that a specification declares, and every scalar without a default, is passed by keyword."
     bad = "attn(q, k, v)                # for `attention alibi(slope: f32[H])`"
     good = "attn(q, k, v, slope=slope)"
 
     name: str
+    what: str
     example: str
 
 
@@ -205,6 +209,38 @@ class EmptyWidth(Diagnostic):
     good = "attn(torch.randn(1, 1, 8, 1), torch.randn(1, 1, 8, 1), v)"
 
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class NotDense(Diagnostic):
+    code = "A0614"
+    title = "`{name}` is a {layout} tensor, expected a dense one"
+    label = "declared here"
+    help = "pass {name}.to_dense(), or pad a nested tensor and mask the padding"
+    explanation = (
+        "Kernels read elements from memory at strides. Sparse, nested and otherwise packed tensors keep theirs in another "
+        "way; what a sparse layout leaves out is said by a mask."
+    )
+    bad = "attn(q.to_sparse(), k, v)"
+    good = "attn(q, k, v)"
+
+    name: str
+    layout: str
+
+
+@dataclass(frozen=True, slots=True)
+class NoShape(Diagnostic):
+    code = "A0615"
+    title = "`{name}` has no shape in this call: {reason}"
+    label = "declared here"
+    help = "its shape is {shape}; call it with sizes that let it be computed"
+    explanation = "An axis of a captured tensor may be declared as a quotient of sizes, and one of the divisors is 0."
+    bad = "attn(q, k[:, :, :0], v[:, :, :0], rate=rate)     # for `rate: f32[M // N]`"
+    good = "attn(q, k, v, rate=rate)"
+
+    name: str
+    reason: str
+    shape: str
 
 
 # --- A05xx: the C++ compiler ----------------------------------------------------------------------------------------

@@ -18,15 +18,21 @@ from attncc.runtime.arguments import (
     OPERAND_DTYPES,
     PYTHON_TYPES,
     TORCH_DTYPES,
+    Mismatch,
     Signature,
     Sizes,
+    operand_sizes,
     preferred_dtype,
+    python_number,
+    scalar_tensor,
 )
 from attncc.runtime.errors import (
     EmptyWidth,
     HeadsDoNotDivide,
     MissingInput,
+    NoShape,
     NotATensor,
+    NotDense,
     TooLong,
     UnknownInput,
     WrongDevice,
@@ -45,35 +51,44 @@ _AGREEMENTS = (
     ("v", 1, "k", 1, "HKV"),
     ("v", 2, "k", 2, "N"),
 )
+_ARTICLES = {Kind.INT: "an int", Kind.FLOAT: "a float", Kind.BOOL: "a bool"}
+_EXAMPLES = {Kind.INT: "128", Kind.FLOAT: "1.0", Kind.BOOL: "True"}
 
 
-def refuse(
-    signature: Signature, operands: Mapping[str, Any], q_offset: Any, inputs: Mapping[str, Any]
-) -> CallError:
+def refuse(signature: Signature, operands: Mapping[str, Any], q_offset: Any, inputs: Mapping[str, Any]) -> CallError:
     """The error for arguments that `Signature.bind` has turned down."""
-    reasons = [*_operand_reasons(operands), *_keyword_reasons(signature, inputs)]
-    if q_offset is not None and (
-        type(q_offset) is not int or q_offset < -MAX_LENGTH or (not reasons and q_offset + operands["q"].shape[2] > MAX_LENGTH)
-    ):
-        advice = "pass the position of query row 0; positions lie within 2**30"
-        reasons.append(WrongScalar(None, "q_offset", "an int", _describe(q_offset), advice))
-    if not reasons:
-        reasons = [*_input_reasons(signature, _sizes(operands), inputs, operands["q"].device)]
-    else:
-        reasons += [*_scalar_reasons(signature, inputs)]
+    tensors = {name: value for name, value in operands.items() if isinstance(value, Tensor)}
+    sound = {name: value for name, value in tensors.items() if _is_dense(value) and value.dim() == 4}
+    try:
+        sizes = operand_sizes(*(sound[name] for name in "qkv"))
+    except (Mismatch, ValueError, KeyError):
+        sizes = None  # The shapes of captured tensors cannot be told.
+    device = tensors["q"].device if "q" in tensors else None
+    reasons = [
+        *_kind_reasons(operands),
+        *_shape_reasons(sound),
+        *_type_reasons(tensors),
+        *_q_offset_reasons(q_offset, sound.get("q")),
+        *_keyword_reasons(signature, inputs),
+        *_scalar_reasons(signature, inputs),
+        *_captured_reasons(signature, sizes, inputs, device),
+    ]
     assert reasons, "arguments were refused without a reason"
     return CallError(*reasons)
 
 
-def _operand_reasons(operands: Mapping[str, Any]) -> Iterator[Diagnostic]:
-    sound: dict[str, Tensor] = {}
+def _kind_reasons(operands: Mapping[str, Any]) -> Iterator[Diagnostic]:
     for name, value in operands.items():
+        shape = _OPERAND_SHAPES[name]
         if not isinstance(value, Tensor):
-            yield NotATensor(None, name, type(value).__name__, _OPERAND_SHAPES[name])
+            yield NotATensor(None, name, type(value).__name__, shape)
+        elif not _is_dense(value):
+            yield NotDense(None, name, _layout(value))
         elif value.dim() != 4:
-            yield WrongRank(None, name, value.dim(), 4, _OPERAND_SHAPES[name])
-        else:
-            sound[name] = value
+            yield WrongRank(None, name, str(tuple(value.shape)), 4, shape)
+
+
+def _shape_reasons(sound: Mapping[str, Tensor]) -> Iterator[Diagnostic]:
     for name, value in sound.items():
         if value.shape[3] == 0:
             yield EmptyWidth(None, name)
@@ -88,104 +103,164 @@ def _operand_reasons(operands: Mapping[str, Any]) -> Iterator[Diagnostic]:
         heads, heads_kv = sound["q"].shape[1], sound["k"].shape[1]
         if heads % heads_kv if heads_kv else heads:
             yield HeadsDoNotDivide(None, heads, heads_kv)
-    yield from _operand_type_reasons(sound)
 
 
-def _operand_type_reasons(sound: Mapping[str, Tensor]) -> Iterator[Diagnostic]:
+def _type_reasons(tensors: Mapping[str, Tensor]) -> Iterator[Diagnostic]:
+    """Element types and devices of q, k and v: all must be those of the first that may be one."""
     supported = ", ".join(_short(dtype) for dtype in OPERAND_DTYPES)
-    first = next(iter(sound.values()), None)
-    for name, value in sound.items():
-        assert first is not None
-        if value.dtype not in OPERAND_DTYPES:
+    standard = next((name for name, value in tensors.items() if value.dtype in OPERAND_DTYPES), None)
+    for name, value in tensors.items():
+        if value.dtype not in OPERAND_DTYPES or standard is None:
             yield WrongDType(None, name, _short(value.dtype), f"one of {supported}", "torch.float32")
-        elif first.dtype in OPERAND_DTYPES and value.dtype is not first.dtype:
-            yield WrongDType(
-                None, name, _short(value.dtype), f"{_short(first.dtype)} (that of q)", f"torch.{_short(first.dtype)}"
-            )
-        if value.device != first.device:
-            yield WrongDevice(None, name, str(value.device), str(first.device))
+        elif value.dtype is not tensors[standard].dtype:
+            wanted = _short(tensors[standard].dtype)
+            yield WrongDType(None, name, _short(value.dtype), f"{wanted} (that of {standard})", f"torch.{wanted}")
+    first = next(iter(tensors), None)
+    for name, value in tensors.items():
+        if first is not None and value.device != tensors[first].device:
+            yield WrongDevice(None, name, str(value.device), str(tensors[first].device), first)
+
+
+def _q_offset_reasons(q_offset: Any, q: Tensor | None) -> Iterator[Diagnostic]:
+    number = _number_in(q_offset)
+    limit = MAX_LENGTH - (0 if q is None else q.shape[2])
+    if number is None or (type(number) is int and -MAX_LENGTH <= number <= limit):
+        return
+    advice = "pass the position of query row 0; every position must lie within 2**30"
+    expected = f"an int from {-MAX_LENGTH} to {limit}" if type(number) is int else "an int"
+    yield WrongScalar(None, "q_offset", expected, _describe(q_offset), advice)
 
 
 def _keyword_reasons(signature: Signature, inputs: Mapping[str, Any]) -> Iterator[Diagnostic]:
     declared = {p.name: p for p in signature.attention.parameters}
     for name in inputs:
         if name not in declared:
-            close = difflib.get_close_matches(name, declared, n=1)
-            advice = (
-                f"did you mean `{close[0]}`?"
-                if close
-                else f"its inputs are {', '.join(f'`{n}`' for n in declared)}"
-                if declared
-                else "it takes q, k and v alone"
-            )
-            yield UnknownInput(None, signature.attention.name, name, advice)
-    for parameter in declared.values():
-        if parameter.name not in inputs:
+            yield UnknownInput(None, signature.attention.name, name, _similar(name, list(declared)))
+    for name, parameter in declared.items():
+        if name not in inputs:
             match parameter:
                 case ScalarParameter(default=None, kind=kind):
-                    yield MissingInput(parameter.span, parameter.name, {"int": "128", "float": "1.0"}.get(kind.value, "True"))
+                    yield MissingInput(parameter.span, name, _ARTICLES[kind], _EXAMPLES[kind])
                 case ScalarParameter():
                     pass
                 case TensorParameter():
-                    yield MissingInput(parameter.span, parameter.name, "a tensor " + _declared_shape(parameter))
+                    yield MissingInput(parameter.span, name, f"a tensor of shape {_declared_shape(parameter)}", name)
 
 
-def _input_reasons(
-    signature: Signature, sizes: Sizes, inputs: Mapping[str, Any], device: torch.device
-) -> Iterator[Diagnostic]:
-    yield from _scalar_reasons(signature, inputs)
-    for parameter in signature.tensors:
-        name, value = parameter.name, inputs[parameter.name]
-        if not isinstance(value, Tensor):
-            if parameter.shape or not isinstance(value, int | float):
-                yield NotATensor(parameter.span, name, type(value).__name__, _declared_shape(parameter))
-            continue
-        dtypes = [TORCH_DTYPES[d] for d in parameter.dtypes]
-        if value.dtype not in dtypes:
-            expected = " or ".join(_short(d) for d in dtypes)
-            wanted = f"torch.{_short(TORCH_DTYPES[preferred_dtype(parameter)])}"
-            yield WrongDType(parameter.span, name, _short(value.dtype), expected, wanted)
-        if value.device != device:
-            yield WrongDevice(parameter.span, name, str(value.device), str(device))
-        shape = signature.shape(name, sizes)
-        if value.dim() != len(shape):
-            yield WrongRank(parameter.span, name, value.dim(), len(shape), f"{_declared_shape(parameter)} = {shape}")
-            continue
-        for axis, (found, expected) in enumerate(zip(value.shape, shape, strict=True)):
-            if found != expected:
-                meaning = _axis_name(parameter, axis)
-                yield WrongSize(parameter.span, name, axis, found, expected, meaning, str(tuple(value.shape)))
+def _similar(name: str, declared: list[str]) -> str:
+    close = difflib.get_close_matches(name, declared, n=1)
+    if close:
+        return f"did you mean `{close[0]}`?"
+    return f"its inputs are {', '.join(f'`{n}`' for n in declared)}" if declared else "it takes q, k and v alone"
 
 
 def _scalar_reasons(signature: Signature, inputs: Mapping[str, Any]) -> Iterator[Diagnostic]:
     for parameter in signature.scalars:
         if parameter.name not in inputs:
             continue
-        name, value = parameter.name, inputs[parameter.name]
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                yield WrongScalar(
-                    parameter.span, name, f"one {parameter.kind.value}", _describe(value), "pass a Python number"
-                )
+        name, kind, value = parameter.name, parameter.kind, inputs[parameter.name]
+        number = _number_in(value)
+        expected, advice = _ARTICLES[kind], "pass a Python number"
+        if type(number) in PYTHON_TYPES[kind]:
+            if kind is Kind.INT and number not in INT_RANGE:
+                expected, advice = "an int that fits 32 bits", "2**30 is beyond every position"
+            elif kind is Kind.FLOAT and not _is_float(number):
+                expected, advice = "a float that fits 64 bits", "float('inf') is beyond every number"
+            else:
                 continue
-            value = value.item()
-        if type(value) not in PYTHON_TYPES[parameter.kind]:
-            yield WrongScalar(
-                parameter.span, name, f"{_article(parameter.kind)}", _describe(value), "pass a Python number of that kind"
-            )
-        elif parameter.kind is Kind.INT and value not in INT_RANGE:
-            yield WrongScalar(
-                parameter.span, name, "an int that fits 32 bits", _describe(value), "2**30 is beyond every position"
-            )
+        yield WrongScalar(parameter.span, name, expected, _describe(value), advice)
 
 
-def _sizes(operands: Mapping[str, Tensor]) -> Sizes:
-    q, k, v = operands["q"], operands["k"], operands["v"]
-    return Sizes(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+def _captured_reasons(
+    signature: Signature, sizes: Sizes | None, inputs: Mapping[str, Any], device: torch.device | None
+) -> Iterator[Diagnostic]:
+    for parameter in signature.tensors:
+        if parameter.name not in inputs:
+            continue
+        name, value = parameter.name, inputs[parameter.name]
+        if not parameter.shape and not isinstance(value, Tensor):
+            yield from _number_reasons(parameter, value)
+        elif not isinstance(value, Tensor):
+            yield NotATensor(parameter.span, name, type(value).__name__, _declared_shape(parameter))
+        else:
+            yield from _captured_type_reasons(parameter, value, device)
+            if _is_dense(value):
+                yield from _captured_shape_reasons(signature, parameter, value, sizes)
+
+
+def _number_reasons(parameter: TensorParameter, value: Any) -> Iterator[Diagnostic]:
+    try:
+        scalar_tensor(parameter, value, torch.device("cpu"))
+    except (Mismatch, ValueError, OverflowError, RuntimeError, TypeError):
+        dtype = preferred_dtype(parameter)
+        expected = f"{_ARTICLES[dtype.kind]} that fits {_short(TORCH_DTYPES[dtype])}"
+        advice = "pass a Python number, or a 0-d tensor"
+        yield WrongScalar(parameter.span, parameter.name, expected, _describe(value), advice)
+
+
+def _captured_type_reasons(
+    parameter: TensorParameter, value: Tensor, device: torch.device | None
+) -> Iterator[Diagnostic]:
+    dtypes = [TORCH_DTYPES[d] for d in parameter.dtypes]
+    if value.dtype not in dtypes:
+        expected = " or ".join(_short(d) for d in dtypes)
+        wanted = f"torch.{_short(TORCH_DTYPES[preferred_dtype(parameter)])}"
+        yield WrongDType(parameter.span, parameter.name, _short(value.dtype), expected, wanted)
+    if device is not None and value.device != device:
+        yield WrongDevice(parameter.span, parameter.name, str(value.device), str(device), "q")
+    if not _is_dense(value):
+        yield NotDense(parameter.span, parameter.name, _layout(value))
+
+
+def _captured_shape_reasons(
+    signature: Signature, parameter: TensorParameter, value: Tensor, sizes: Sizes | None
+) -> Iterator[Diagnostic]:
+    name, declared = parameter.name, _declared_shape(parameter)
+    shape: tuple[int, ...] | None = None
+    if sizes is not None:
+        try:
+            shape = signature.shape(name, sizes)
+        except ValueError as error:
+            yield NoShape(parameter.span, name, str(error), declared)
+            return
+    if value.dim() != len(parameter.shape):
+        known = declared if shape in (None, ()) else f"{declared} = {shape}"
+        yield WrongRank(parameter.span, name, str(tuple(value.shape)), len(parameter.shape), known)
+    elif shape is not None:
+        for axis, (found, expected) in enumerate(zip(value.shape, shape, strict=True)):
+            if found != expected:
+                meaning = _axis_name(parameter, axis)
+                yield WrongSize(parameter.span, name, axis, found, expected, meaning, str(tuple(value.shape)))
+
+
+def _number_in(value: Any) -> Any:
+    """The Python number in `value`; `value` itself where there is not one."""
+    try:
+        return python_number(value)
+    except (TypeError, ValueError, RuntimeError):
+        return value
+
+
+def _is_float(number: int | float) -> bool:
+    try:
+        float(number)
+    except OverflowError:
+        return False
+    return True
+
+
+def _is_dense(value: Tensor) -> bool:
+    """Whether the elements of a tensor lie in memory at strides: no sparse, nested or otherwise packed one."""
+    return value.layout is torch.strided and not value.is_nested
+
+
+def _layout(value: Tensor) -> str:
+    return "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
 
 
 def _declared_shape(parameter: TensorParameter) -> str:
-    return "(" + ", ".join(_axis_name(parameter, axis) for axis in range(len(parameter.shape))) + ")"
+    names = [_axis_name(parameter, axis) for axis in range(len(parameter.shape))]
+    return f"({names[0]},)" if len(names) == 1 else f"({', '.join(names)})"
 
 
 def _axis_name(parameter: TensorParameter, axis: int) -> str:
@@ -195,12 +270,21 @@ def _axis_name(parameter: TensorParameter, axis: int) -> str:
     return expr.span.text if expr.span is not None else f"axis {axis}"
 
 
-def _article(kind: Kind) -> str:
-    return {Kind.INT: "an int", Kind.FLOAT: "a float", Kind.BOOL: "a bool"}[kind]
-
-
 def _describe(value: object) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"
+    """A value in a few words, whatever it is."""
+    if isinstance(value, Tensor):
+        if not _is_dense(value) or value.device.type == "meta" or value.numel() != 1:
+            where = " on meta" if value.device.type == "meta" else ""
+            return (
+                f"a {_layout(value)} tensor"
+                if not _is_dense(value)
+                else f"a tensor of shape {tuple(value.shape)}{where}"
+            )
+        value = value.item()
+    if type(value) is int and value.bit_length() > 128:
+        return f"an int of {value.bit_length()} bits"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -130,7 +130,7 @@ def attn_gelu(x):
 
 @triton.jit
 def attn_elu(x):
-    return tl.where(x > 0, x, tl.exp(tl.minimum(x, 0.0)) - 1.0)
+    return tl.where(x <= 0, tl.exp(tl.minimum(x, 0.0)) - 1.0, x)  # a NaN stays
 
 
 @triton.jit
