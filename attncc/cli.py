@@ -12,7 +12,8 @@ from pathlib import Path
 from attncc.diagnostics import AttnError, render
 from attncc.errors import InternalError
 
-USER_ERROR, USAGE_ERROR, INTERNAL_ERROR, INTERRUPTED = 1, 2, 70, 130
+# Wrong usage is 2, by argparse.
+USER_ERROR, INTERNAL_ERROR, INTERRUPTED = 1, 70, 130
 DTYPES = ("f32", "bf16", "f16", "f64")
 
 # Module and function of each command; imported when it is used, since most of them need PyTorch.
@@ -63,8 +64,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"attncc {_version()}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def add(name: str, text: str, **options: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", **options)
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         command.set_defaults(command=_COMMANDS[name])
         return command
 
@@ -88,9 +89,7 @@ def parser() -> argparse.ArgumentParser:
     _spec(run)
     _call(run)
     run.add_argument("--dtype", choices=DTYPES, default="f32")
-    run.add_argument(
-        "--input", metavar="FILE", type=Path, help="safetensors with q, k, v and captured tensors by name"
-    )
+    run.add_argument("--input", metavar="FILE", type=Path, help="safetensors with q, k, v and captured tensors by name")
     run.add_argument("-o", "--output", metavar="FILE", type=Path, help="safetensors to write o and lse to")
 
     verify = add("verify", "property-test a specification on every backend at hand against the reference")
@@ -104,7 +103,9 @@ def parser() -> argparse.ArgumentParser:
     bench = add("bench", "time a specification beside PyTorch")
     _spec(bench)
     _call(bench)
-    bench.add_argument("--dtype", choices=DTYPES, action="append", help="may be given several times; f32 and bf16 if not")
+    bench.add_argument(
+        "--dtype", choices=DTYPES, action="append", help="may be given several times; f32 and bf16 if not"
+    )
     bench.add_argument("--against", metavar="PEER,…", default="eager,sdpa,flex", help="among eager, sdpa, flex")
     bench.add_argument("--repeat", type=_positive, default=9, help="samples of each contender")
     bench.add_argument("--threads", type=_positive, help="of PyTorch; with 1, processor time is measured")
@@ -133,7 +134,7 @@ def _spec(command: argparse.ArgumentParser) -> None:
 
 def _options_of_spec(command: argparse.ArgumentParser) -> None:
     command.add_argument("--name", help="which attention, where the file holds several")
-    command.add_argument("--templates", metavar="DIR", action="append", default=[], help="folder of templates to prefer")
+    command.add_argument("--templates", metavar="DIR", action="append", default=[], help="templates to prefer")
     _set(command)
 
 
@@ -144,17 +145,19 @@ def _set(command: argparse.ArgumentParser) -> None:
 
 
 def _kernel(command: argparse.ArgumentParser, default_target: str) -> None:
-    command.add_argument("--target", default=default_target, help="cpp, cpp:avx2, triton:sm_90, … (default: %(default)s)")
+    command.add_argument(
+        "--target", default=default_target, help="cpp, cpp:avx2, triton:sm_90, … (default: %(default)s)"
+    )
     command.add_argument("--dtype", choices=DTYPES, default="f32")
     command.add_argument(
-        "--head-dim", metavar="D[,E]", type=_head_dims, default=(64, 64), help="widths of q and k, and of v (default: 64)"
+        "--head-dim", metavar="D[,E]", type=_head_dims, default=(64, 64), help="widths of q and k, and of v"
     )
 
 
 def _call(command: argparse.ArgumentParser) -> None:
     command.add_argument("--target", help="cpp, cpp:avx2, triton, … (default: what suits the machine)")
     command.add_argument(
-        "--shape", metavar="B,H,HKV,M,N,D[,E]", type=_shape, default=_shape("1,8,8,2048,2048,64"), help="sizes of the call"
+        "--shape", metavar="B,H,HKV,M,N,D[,E]", type=_shape, default=_shape("1,8,8,2048,2048,64"), help="sizes"
     )
     command.add_argument("--seed", type=int, default=0, help="of random inputs")
 

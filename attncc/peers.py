@@ -45,11 +45,6 @@ def eager_formula(attention: Attention, call: Call) -> Peer:
     return lambda: eager(attention, call.q, call.k, call.v, call.inputs, call.q_offset)
 
 
-def kept_pairs(attention: Attention, call: Call) -> Tensor:
-    """The mask, in a shape that broadcasts to (B, H, M, N)."""
-    return torch_value(attention.mask, _at_pairs(call.environment(attention)))
-
-
 def count_kept_pairs(attention: Attention, call: Call) -> int:
     """How many pairs the mask keeps, over all batches and heads; in memory for a slab of queries at a time."""
     batch, heads, rows, _ = call.q.shape
@@ -202,9 +197,9 @@ class _FlexWriter:
         }
 
     def function(self, signature: str, body: str) -> Callable[..., Tensor]:
-        name = signature.split("(")[0]
+        name = signature.partition("(")[0]
         code = f"def {signature}:\n    q_idx = q_row + {self._env.sizes['q_offset']}\n    return {body}\n"
-        exec(compile(code, f"<{name}>", "exec"), self._namespace)
+        exec(compile(code, f"<{name}>", "exec"), self._namespace)  # noqa: S102
         return self._namespace[name]
 
     def text(self, expr: Expr) -> str:

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 
 import hypothesis
 import torch
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
 from torch import Tensor
 
 from attncc.diagnostics import AttnError, BuildError, render
@@ -124,7 +126,7 @@ def _verify_dtype(
         database=None,
         deadline=None,
         report_multiple_bugs=False,
-        suppress_health_check=list(hypothesis.HealthCheck),
+        suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow, HealthCheck.data_too_large],
         phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
         verbosity=hypothesis.Verbosity.quiet,
     )
@@ -138,7 +140,7 @@ def _verify_dtype(
             raise _CaseFailed
 
     # Where every case was refused or discarded, the report says so.
-    with contextlib.suppress(_CaseFailed, hypothesis.errors.Unsatisfiable):
+    with contextlib.suppress(_CaseFailed, Unsatisfiable):
         holds()
 
 
@@ -173,7 +175,9 @@ def _try(attention: Attention, kernel: _KERNEL, case: Case, report: Report) -> s
     for name in ("B", "H", "HKV", "M", "N", "D", "E"):
         report.largest[name] = max(report.largest.get(name, 0), getattr(case.sizes, name))
     floating = torch.promote_types(q.dtype, torch.float32)
-    wide = {name: x.to(floating) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()}
+    wide = {
+        name: x.to(floating) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()
+    }
     plain = eager(attention, q, k, v, wide, case.q_offset)
     message = compare("o", o, oracle[0], plain)
     if message is None and lse is not None and oracle[1] is not None:

@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,17 +20,17 @@ from rich.table import Table
 
 import attncc
 from attncc.bench import Result, bench
+from attncc.ir.types import DType
 from attncc.peers import Call
 from attncc.runtime.arguments import TORCH_DTYPES
 from attncc.runtime.cpp_toolchain import find_compiler
-from attncc.ir.types import DType
 
 ROOT = Path(__file__).parent.parent
 HEADS, LENGTH = 8, 2048
 DOCUMENTS = 256  # tokens each
 
 
-def inputs_of(variant: str) -> dict[str, object]:
+def inputs_of(variant: str) -> dict[str, Any]:
     """Slopes as published; documents of 256 tokens; a window of 256."""
     slope = 2.0 ** (-8.0 * torch.arange(1, HEADS + 1, dtype=torch.float32) / HEADS)
     doc = (torch.arange(LENGTH, dtype=torch.int32) // DOCUMENTS)[None]
@@ -56,7 +57,7 @@ def measure(variant: str, width: int, dtype: str, repeat: int) -> Result:
     return bench(
         attn.attention,
         lambda: attn(q, k, v, **inputs),
-        Call(q, k, v, inputs),  # type: ignore[arg-type]
+        Call(q, k, v, inputs),
         against=GRID[variant],
         repeat=repeat,
         compiler=find_compiler().command[0],
@@ -64,7 +65,7 @@ def measure(variant: str, width: int, dtype: str, repeat: int) -> Result:
 
 
 def summary(results: list[Result]) -> Table:
-    table = Table(title=f"Forward, B1 H{HEADS} N{LENGTH}, {results[0].threads} threads: how many times faster, share of peak")
+    table = Table(title=f"Forward, B1 H{HEADS} N{LENGTH}, {results[0].threads} threads: times faster than")
     for heading in ("", "type", "D", "ms", "SDPA", "Flex", "share of peak"):
         table.add_column(heading, justify="right" if heading else "left")
     for result in results:

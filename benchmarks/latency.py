@@ -2,7 +2,7 @@
 
     python benchmarks/latency.py [-o benchmarks/results/latency-cpu.json]
 
-Each sample runs in a process of its own in which PyTorch is imported already; cold ones have a cache folder of their own.
+Each sample runs in a process of its own in which PyTorch is imported already; cold ones have a new cache folder.
 """
 
 from __future__ import annotations

@@ -147,7 +147,14 @@ def test_mistakes_are_explained(arguments: list[str], message: str, capsys: pyte
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["compile"], ["run"], ["run", CAUSAL, "--shape", "1,2"], ["run", CAUSAL, "--set", "window"], ["run", CAUSAL, "--dtype", "int8"]],
+    [
+        [],
+        ["compile"],
+        ["run"],
+        ["run", CAUSAL, "--shape", "1,2"],
+        ["run", CAUSAL, "--set", "window"],
+        ["run", CAUSAL, "--dtype", "int8"],
+    ],
 )
 def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

@@ -34,7 +34,9 @@ def reference_kernel(spec: str, break_it: Any = None) -> Any:
 
 
 def run(spec: str, break_it: Any = None, **options: Any) -> Report:
-    return verify(check(spec), "test", reference_kernel(spec, break_it), examples=options.pop("examples", 40), **options)
+    return verify(
+        check(spec), "test", reference_kernel(spec, break_it), examples=options.pop("examples", 40), **options
+    )
 
 
 def test_a_right_kernel_passes() -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from rich.console import Console
@@ -24,7 +25,7 @@ from attncc.runtime.arguments import Sizes
 from attncc.runtime.call import CompiledAttention
 from attncc.syntax import nodes, parse
 
-Value = bool | int | float
+Value: TypeAlias = bool | int | float
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ def constant_names(file: nodes.File, name: str | None) -> frozenset[str]:
 
 def call_arguments(
     loaded: Loaded, arguments: argparse.Namespace, dtype: torch.dtype, device: str
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor | Value]]:
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     """q, k, v and the inputs of a call: from `--input` where given, made up otherwise, which is said on stderr."""
     given: dict[str, Tensor] = {}
     path: Path | None = getattr(arguments, "input", None)
@@ -111,7 +112,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise CallError(*(MissingOperand(None, str(path), name, found) for name in missing))
     wrong = [name for name in "qkv" if tensors[name].dim() != 4]
     if wrong:
-        raise CallError(*(CannotRead(None, str(path), f"{name} has {tensors[name].dim()} axes, not 4") for name in wrong))
+        raise CallError(
+            *(CannotRead(None, str(path), f"{name} has {tensors[name].dim()} axes, not 4") for name in wrong)
+        )
     return tensors
 
 

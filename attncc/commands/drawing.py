@@ -33,6 +33,6 @@ def draw(loaded: Loaded, arguments: argparse.Namespace) -> None:
         block_n=tile.block_n,
     )
     say(
-        f"wrote {arguments.png}: of {counts.total} tiles of {tile.block_m} x {tile.block_n}, {counts.empty} are skipped, "
-        f"{counts.full} need no mask, {counts.partial} are masked pair by pair"
+        f"wrote {arguments.png}: of {counts.total} tiles of {tile.block_m} x {tile.block_n}, "
+        f"{counts.empty} are skipped, {counts.full} need no mask, {counts.partial} are masked pair by pair"
     )

@@ -6,6 +6,8 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -56,9 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _times(function: object, device: torch.device) -> list[float]:
+def _times(function: Callable[[], object], device: torch.device) -> list[float]:
     """Seconds of up to twenty calls, half a second in all."""
-    assert callable(function)
     seconds: list[float] = []
     while len(seconds) < 20 and sum(seconds) < 0.5:
         start = time.perf_counter()
@@ -92,9 +93,9 @@ def verify(arguments: argparse.Namespace) -> int:
         attn = loaded.compiled(target, arguments.templates)
         device = device_of(target)
 
-        def kernel(q: Tensor, k: Tensor, v: Tensor, **keywords: object) -> tuple[Tensor, Tensor | None]:
+        def kernel(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> tuple[Tensor, Tensor | None]:
             q, k, v = (x.to(device) for x in (q, k, v))  # noqa: B023
-            moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in keywords.items()}  # noqa: B023
+            moved: dict[str, Any] = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in keywords.items()}  # noqa: B023
             if not returns_lse(attention):
                 return attn(q, k, v, **moved).cpu(), None  # noqa: B023
             o, lse = attn(q, k, v, return_lse=True, **moved)  # noqa: B023

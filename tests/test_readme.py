@@ -1,0 +1,78 @@
+"""What README and the documentation of the command line say works as printed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from attncc.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CLI = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    lines = [line for block in blocks(text, "console") for line in block.splitlines()]
+    return [line.removeprefix("$ ") for line in lines if line.startswith("$ attncc")]
+
+
+def test_python_snippets_run() -> None:
+    program = "\n".join(blocks(README, "python"))
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # The last one prints an error, and README shows it.
+    (shown,) = blocks(README, "text")
+    assert shown.strip() in done.stdout
+
+
+def test_the_first_command_prints_what_is_shown(tmp_path: Path) -> None:
+    (spec,) = blocks(README, "attn")
+    (tmp_path / "gemma2.attn").write_text(spec, encoding="utf-8")
+    block = blocks(README, "console")[0]
+    command, *shown = block.strip().splitlines()
+    program = [sys.executable, "-m", "attncc.cli", *shlex.split(command.removeprefix("$ attncc"))]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=True)
+    # All but the time, which is that of the machine.
+    assert done.stdout.splitlines()[: len(shown) - 1] == shown[:-1]
+    assert re.match(r"time +\d+\.\d+ ms, median of \d+ calls", done.stdout.splitlines()[len(shown) - 1])
+
+
+@pytest.mark.parametrize("command", commands(CLI))
+def test_commands_run(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/cli.md"])
+def test_links_lead_somewhere(path: str) -> None:
+    text = (ROOT / path).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("https://") or ((ROOT / path).parent / target).exists(), target
+
+
+def test_every_path_that_contributing_names_exists() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:attncc|grammar|templates|tests|docs|examples)/[\w./]*)`", text):
+        if "NAME" not in name and "CODE" not in name:
+            assert (ROOT / name).exists(), name
+
+
+def test_every_variant_is_in_the_table() -> None:
+    for path in (ROOT / "examples").glob("*.attn"):
+        assert f"(examples/{path.name})" in README, path.name
+
+
+def test_every_make_target_is_explained() -> None:
+    text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in "help setup demo test test-all lint bench gpu".split():
+        assert f"make {target} " in text
