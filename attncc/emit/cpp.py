@@ -110,6 +110,7 @@ class CppPrinter:
             "scalar_type": self.scalar_type,
             "cpp": self.scalar,
             "outer": self.outer,
+            "range_end": self.range_end,
             "lanes": self.lanes,
             "row_levels": lambda plan: self._row_levels,
             "table_element": table_element,
@@ -142,6 +143,11 @@ class CppPrinter:
         text = self._print(expr).text
         self._outer = False
         return text
+
+    def range_end(self, expr: Expr) -> str:
+        """An end of a range of keys, in 32 bits: where it may not fit, brought back to the nearest key."""
+        printed = self._print(expr)
+        return f"within({printed.text}, N)" if printed.wide else printed.text
 
     def scalar_type(self, scalar: ScalarArgument) -> str:
         """The C++ type of a run-time scalar of the specification."""
@@ -296,7 +302,7 @@ class CppPrinter:
             wide = not Range(value, value).within(INT32)
             if value == INT32.lo:
                 return Printed("(-2147483647 - 1)", Kind.INT)
-            return Printed(f"{value}{'ll' if wide else ''}", Kind.INT, wide=wide, level=level)
+            return Printed(f"{value}{'l' if wide else ''}", Kind.INT, wide=wide, level=level)
         if value in (float("inf"), float("-inf")):
             return Printed("INFINITY_" if value > 0 else "-INFINITY_", Kind.FLOAT, level=level)
         return Printed(repr(value) if self._outer else self.machine.literal(repr(value)), Kind.FLOAT, level=level)
@@ -346,6 +352,8 @@ class CppPrinter:
             return Printed(f"{match[1]}{_within(args[0], _UNARY)}", kind, lanes, wide, _UNARY)
         if match := _INFIX.fullmatch(spelling):
             return self._infix(match[1], args, kind, lanes, wide)
+        if lanes and args[0].kind is Kind.BOOL and len(args) == 1:  # a conversion: true is 1 there, not -1
+            args = [replace(args[0], text=f"ones({args[0].text})")]
         # A function takes its arguments alike, but for the condition of a choice, which may stay scalar.
         if lanes:
             args = [arg if arg.kind is Kind.BOOL and i == 0 and len(args) == 3 else self._to_lanes(arg) for i, arg in enumerate(args)]

@@ -1,0 +1,78 @@
+"""Runs an Attention on the C++ target, for the tests of that target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from attncc.build import sources_of
+from attncc.ir.nodes import Apply, Attention, Constant, Expr, Hole, Index, Normalizer, Softmax, identity_row
+from attncc.ir.nodes import ScalarParameter, TensorParameter
+from attncc.plan.nodes import Specialization, Target
+from attncc.runtime import cache
+from attncc.runtime.arguments import DTYPES, Bound, Signature
+from attncc.runtime.cpp_toolchain import ARCHS, native_arch
+from attncc.runtime.programs import CompiledProgram, compile_program
+
+# Those that this machine runs, widest first.
+NATIVE_ARCHS = ARCHS[ARCHS.index(native_arch()) :]
+
+Q, KV, H, B = Index("q_idx"), Index("kv_idx"), Index("h"), Index("b")
+CAUSAL = Apply("ge", (Q, KV))
+
+
+def op(name: str, *args: Expr | float) -> Apply:
+    """An operator applied to expressions and literals."""
+    return Apply(name, tuple(Constant(arg) if isinstance(arg, bool | int | float) else arg for arg in args))
+
+
+def attention(
+    score: Expr = Hole("qk"),
+    mask: Expr = Constant(True),
+    normalizer: Normalizer = Softmax(),
+    parameters: tuple[ScalarParameter | TensorParameter, ...] = (),
+    scale: float = 0.125,
+) -> Attention:
+    """An attention with untransformed rows."""
+    q, k, v = (identity_row(row) for row in ("q", "k", "v"))
+    return Attention("spec", "", parameters, q, k, v, Constant(scale), score, mask, normalizer)
+
+
+_programs: dict[object, CompiledProgram] = {}
+
+
+def run(
+    spec: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: Mapping[str, Tensor | bool | float] | None = None,
+    q_offset: int | None = None,
+    arch: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """o and lse of the C++ kernels of `spec`."""
+    bound = bind(spec, q, k, v, inputs, q_offset)
+    tensors = tuple((p.name, DTYPES[bound.tensors[p.name].dtype]) for p in spec.tensors)
+    specialization = Specialization(DTYPES[q.dtype], q.shape[3], v.shape[3], tensors)
+    key = (spec, specialization, arch)
+    if key not in _programs:
+        sources = sources_of(spec, specialization, Target("cpp", arch or native_arch()))
+        _programs[key] = compile_program(*sources, cache.folder())
+    return _programs[key].run(q, k, v, bound, return_lse=True)
+
+
+def bind(
+    spec: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: Mapping[str, Tensor | bool | float] | None,
+    q_offset: int | None,
+) -> Bound:
+    return Signature(spec).bind(q, k, v, q_offset, inputs or {})
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
