@@ -291,7 +291,7 @@ def test_scalings_of_rope(scaling: str) -> None:
     row, factors = rng.normal(size=dim), rng.uniform(1, 8, size=dim // 2)
     theta = base ** (-2 * np.arange(dim // 2) / dim)
     amplitude = 1.0
-    match scaling.split("(")[0]:
+    match scaling.split("(", maxsplit=1)[0]:
         case "linear":
             theta = theta / 4
         case "ntk":

@@ -16,7 +16,6 @@ from attncc.ir.types import Kind
 
 FLOATS = [0.0, -0.0, 0.5, 1.0, -1.0, 1.5, 2.5, -2.5, 3.0, 1e-3, -1e-3, 0.11, -0.13, 20.0, -20.0, 7.3]
 INTS = [0, 1, -1, 2, 3, -3, 7, -8, 63, 64, 65, 1000, -1000, 2**20, -(2**20), 12345]
-BOOLS = [False, True] * 8
 DTYPES = {
     Kind.BOOL: (torch.bool,),
     Kind.INT: (torch.int32, torch.int64),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from attncc.check import binding, suggest
@@ -213,10 +214,8 @@ class _Body:
         if value.size is not None:
             self._scalar_of(value, span, "mask")
         elif self._sees(value.expr, "mask", span):
-            try:
+            with suppress(Failed):
                 self.evaluator.require(value, Kind.BOOL, span, "`mask`")
-            except Failed:
-                pass
         return value.expr
 
     def _pair(self, name: str) -> Expr:

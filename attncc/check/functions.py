@@ -160,10 +160,32 @@ def _power(site: CallSite, arguments: Mapping[str, Argument]) -> Value:
     return site.evaluator.power((site.value(x), x.span), (site.value(y), y.span), site.span)
 
 
-_PLAIN = (
-    "abs exp exp2 log log2 log1p sqrt rsqrt tanh sigmoid relu gelu silu elu softplus sin cos erf floor ceil round sign "
-    "popcount bit_length"
-).split()
+_PLAIN = [
+    "abs",
+    "exp",
+    "exp2",
+    "log",
+    "log2",
+    "log1p",
+    "sqrt",
+    "rsqrt",
+    "tanh",
+    "sigmoid",
+    "relu",
+    "gelu",
+    "silu",
+    "elu",
+    "softplus",
+    "sin",
+    "cos",
+    "erf",
+    "floor",
+    "ceil",
+    "round",
+    "sign",
+    "popcount",
+    "bit_length",
+]
 
 BUILTINS: dict[str, Builtin] = {
     **{name: _operator(name) for name in _PLAIN},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -185,7 +186,7 @@ def fold(expr: Apply) -> Expr:
                 return expr
     except (ArithmeticError, ValueError):
         return expr
-    if isinstance(value, float) and (value != value or value in (float("inf"), -float("inf")) and expr.op != "neg"):
+    if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and expr.op != "neg")):
         return expr  # NaN is no constant, and an overflow is the spec's own affair.
     if type(value) is int and not -(2**63) <= value < 2**63:
         return expr

@@ -98,7 +98,7 @@ class Element:
 
 @dataclass(frozen=True, slots=True)
 class Reduce:
-    """`op` (`sum` or `max`) of `body` over its own `d` in [0, size) (float). Binds `d`: not that of its surroundings."""
+    """`op` (`sum` or `max`) of `body` over its own `d` in [0, size) (float). It binds `d`, not that around it."""
 
     op: Literal["sum", "max"]
     body: Expr

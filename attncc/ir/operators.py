@@ -90,7 +90,7 @@ def _pick(column: ByKind[T], kind: Kind) -> T:
     return column
 
 
-B, I, F = Kind.BOOL, Kind.INT, Kind.FLOAT
+B, I, F = Kind.BOOL, Kind.INT, Kind.FLOAT  # noqa: E741 - the letters of signatures
 
 
 def _signatures(text: str) -> tuple[Signature, ...]:

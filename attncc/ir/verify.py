@@ -174,7 +174,7 @@ def _check(expr: Expr, scope: _Scope) -> Kind:
         case Apply():
             return _check_apply(expr, scope)
         case Variable() | Summary():
-            scope.refuse(expr, f"a {type(expr).__name__} belongs to a plan")
+            return scope.refuse(expr, f"a {type(expr).__name__} belongs to a plan")
         case _:
             assert_never(expr)
 

@@ -37,8 +37,6 @@ from attncc.passes.algebra import (
 from attncc.passes.intervals import ORDERS, bounds_of_form, chosen_cell, truth, varies_in_tile
 from attncc.passes.variance import variance
 
-KEY = Index("kv_idx")
-
 # A disjunction with more alternatives than this becomes one region that holds them all.
 MOST_ALTERNATIVES = 12
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -129,8 +130,6 @@ def _lark() -> Lark:
     # lark writes in place; another process must see the whole file or none.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     parser = make(cache=str(temporary))
-    try:
-        os.replace(temporary, path)
-    except OSError:
-        pass  # A folder that cannot be written to costs time, not correctness.
+    with contextlib.suppress(OSError):  # A folder that cannot be written to costs time, not correctness.
+        temporary.replace(path)
     return parser

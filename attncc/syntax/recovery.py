@@ -229,7 +229,7 @@ class _Place:
         while start > self.start and self.text[start - 1] in "&|=!<>:*":
             start -= 1
         run = re.compile(r"[&|=!<>:*?]+").match(self.text, start)
-        if run and run.group() in _FOREIGN and "=" != self.word:
+        if run and run.group() in _FOREIGN and self.word != "=":
             return ForeignOperator(_clipped(self.source, start, run.end()), run.group(), _FOREIGN[run.group()])
         if self.token == "NAME" and self.word in _FOREIGN_WORDS and self.expected & _OPERATORS:
             return ForeignOperator(self.span(), self.word, _FOREIGN_WORDS[self.word])
@@ -353,10 +353,10 @@ def describe(expected: frozenset[str]) -> str:
     """The terminals of a set in words: "an expression", "`,` or `)`"."""
     words: list[str] = []
     rest = set(expected)
-    if _OPERAND <= rest:
+    if rest >= _OPERAND:
         words.append("an expression")
         rest -= _EXPRESSION_START | {"MINUS", "PLUS", "TILDE"}
-    elif _CLAUSES <= rest:
+    elif rest >= _CLAUSES:
         words.append("a clause")
         rest -= _CLAUSES | {"NAME", "BROKEN"}
     elif {"ATTENTION", "DEFINE", "USE"} <= rest:
