@@ -156,18 +156,20 @@ def table(result: Result) -> Table:
     out.add_column("")
     for heading in ("median ms", "against attncc", "GFLOP/s", "share of peak"):
         out.add_column(heading, justify="right")
-    out.add_column("")
+    noted = any(row.note for row in result.rows)
+    if noted:
+        out.add_column("")
     for row in result.rows:
+        note = (row.note,) if noted else ()
         if row.timing is None:
-            out.add_row(row.title, "", "", "", "", row.note, style="dim")
+            out.add_row(row.title, "", "", "", "", *note, style="dim")
             continue
         mark = "" if row.timing.undisturbed else " *"
         share = "" if row.peak_share is None else f"{row.peak_share:.0%}"
         ratio = "" if row.name == OWN else f"{row.ratio:.2f}x the time"
-        out.add_row(
-            row.title, f"{row.timing.median * 1e3:.3f}{mark}", ratio, f"{row.gflops:.0f}", share, row.note,
-            style="bold" if row.name == OWN else "",
-        )  # fmt: skip
+        milliseconds = f"{row.timing.median * 1e3:.3f}{mark}"
+        style = "bold" if row.name == OWN else ""
+        out.add_row(row.title, milliseconds, ratio, f"{row.gflops:.0f}", share, *note, style=style)
     remarks = ["GFLOP/s of unmasked pairs"]
     if result.peak_gflops is not None:
         remarks.append(f"peak of the registers: {result.peak_gflops:.0f} GFLOP/s")

@@ -13,7 +13,7 @@ import torch
 # A sample during which the scheduler took the processor away is thrown out; long ones are allowed one loss per so many
 # seconds, or none would be left.
 _TOLERANCE = 0.05
-_ROUNDS_PER_SAMPLE = 5
+_ROUNDS_PER_SAMPLE = 3
 
 
 @dataclass(frozen=True, slots=True)
