@@ -1,4 +1,4 @@
-"""Generated Triton kernels, interpreted, against the reference: each strategy, shape and element type by the error rule."""
+"""Generated Triton kernels, interpreted, against the reference: every strategy, shape and element type."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from strategies import attentions, calls
 from torch import Tensor
 
 import attncc
+from attncc.build import sources_of
+from attncc.ir.types import DType
 from attncc.plan.build import plan_attention
 from attncc.plan.nodes import ForwardPlan, Specialization, Target
 from attncc.runtime.call import CompiledAttention
-from attncc.build import sources_of
-from attncc.ir.types import DType
 
 TARGET = "triton:interpret"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -48,8 +48,7 @@ SPECS: dict[str, tuple[str, Inputs, str]] = {
         "bounds",
     ),
     "sink_window": (
-        "attention sink_window(window: int = 100):\n"
-        "    mask = kv_idx <= q_idx and (kv_idx < 4 or q_idx - kv_idx < window)\n",
+        "attention sinks(window: int = 100):\n    mask = kv_idx <= q_idx and (kv_idx < 4 or q_idx - kv_idx < window)\n",
         nothing,
         "bounds",
     ),
@@ -79,7 +78,11 @@ SPECS: dict[str, tuple[str, Inputs, str]] = {
         nothing,
         "bounds",
     ),
-    "mean": ("attention mean():\n    weight = 1.0\n    normalize = sum\n    mask = kv_idx <= q_idx\n", nothing, "bounds"),
+    "mean": (
+        "attention mean():\n    weight = 1.0\n    normalize = sum\n    mask = kv_idx <= q_idx\n",
+        nothing,
+        "bounds",
+    ),
     "positions": (
         "attention positions():\n    score = 0.01 * kv_idx\n    mask = kv_idx % 3 != 0 and kv_idx <= q_idx\n",
         nothing,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from attncc.emit.triton_text import functions
+from attncc.runtime.arguments import DTYPES
 from attncc.runtime.interpreter import InterpretedModule, typed
 from attncc.runtime.triton_fields import TYPES
-from attncc.runtime.arguments import DTYPES
 
 HEADER = """import triton
 import triton.language as tl

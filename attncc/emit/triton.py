@@ -170,7 +170,7 @@ class TritonPrinter:
                 return Text("qk")
             case Hole(name="score"):
                 return Text("score")
-            case Hole(name="qk"):
+            case Hole():
                 raise IRError("a plan multiplies by the scale itself: Hole('qk') cannot be printed")
             case Load():
                 return self._load(expr, matrix, wide)
@@ -248,9 +248,7 @@ class TritonPrinter:
 
     def _load(self, load: Load, matrix: bool, wide: bool) -> Text:
         tensor = name_of(load.tensor)
-        offsets = [
-            f"{self._clamped(load, axis, matrix)} * {tensor}_stride_{axis}" for axis in range(len(load.indices))
-        ]
+        offsets = [f"{self._clamped(load, axis, matrix)} * {tensor}_stride_{axis}" for axis in range(len(load.indices))]
         return Text(f"tl.load({' + '.join([tensor, *offsets])}){self._widening(load, wide)}")
 
     def _widening(self, load: Load, wide: bool) -> str:
@@ -280,7 +278,9 @@ class TritonPrinter:
                 return self.print(index, matrix=matrix).source
             case Index(name="kv_idx"), Size(name="N"):
                 return self._leaf("rows_n", self._index_axis("kv_idx"), matrix, wide=False).source
-            case _, Constant(value=int(value)) if int_range(index, self.dtypes, self.ranges).within(Range(0, value - 1)):
+            case _, Constant(value=int(value)) if int_range(index, self.dtypes, self.ranges).within(
+                Range(0, value - 1)
+            ):
                 return self.print(index, matrix=matrix).at(_PRODUCT)
             case _:
                 return f"attn_clamp({self.print(index, matrix=matrix).source}, {name_of(load.tensor)}_size_{axis})"
@@ -384,7 +384,9 @@ def segments(plan: ForwardPlan | TilesPlan, masked: bool | None) -> tuple[Segmen
     """The runs of tiles that a pass visits, ascending: full tiles, the partial ones around them, or (None) all."""
     result: list[Segment] = []
     for number, r in enumerate(plan.blocks.ranges):
-        first, last, full_first, full_last = (f"{name}_{number}" for name in ("first", "last", "full_first", "full_last"))
+        first, last, full_first, full_last = (
+            f"{name}_{number}" for name in ("first", "last", "full_first", "full_last")
+        )
         if masked is None or (masked and r.full_lo == r.full_hi):
             result.append(Segment(first, last))
         elif masked:

@@ -1,4 +1,4 @@
-"""Pieces of generated Triton source that are not expressions: the header, the builtins a kernel needs, pieces of rows."""
+"""Pieces of generated Triton source that are not expressions: header, builtins, pieces of rows, layout."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ on a real GPU. No length is part of either choice.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from attncc.ir.types import DType
 from attncc.plan.nodes import TritonTile
@@ -15,7 +16,7 @@ from attncc.plan.nodes import TritonTile
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a tile must fit: bytes of shared memory a program may use, threads of a warp, 32-bit registers of a thread."""
+    """What a tile must fit: shared memory of a program (bytes), threads of a warp, 32-bit registers of a thread."""
 
     shared: int
     warp_size: int
@@ -32,31 +33,50 @@ MACHINES = {
     "gfx942": Machine(shared=65_536, warp_size=64, registers=512),
 }
 
-# Best first, by target, for heads up to 64 wide and for wider ones. Every entry was compiled ahead of time with a causal
-# mask, a window, a soft cap and biases; the first ones spill nowhere, or a few bytes in the loop over partial tiles. What
-# the first ones are is a guess until a GPU has measured them.
-_Shapes = tuple[tuple[int, int, int, int], ...]
-_PREFERRED: dict[str, tuple[_Shapes, _Shapes]] = {
+# Triton 3.6 and 3.7 cannot lower products of f64 there.
+WITHOUT_F64 = ("sm_100", "gfx942")
+
+_Shape: TypeAlias = tuple[int, int, int, int]
+
+# Heads up to so many elements wide share a list of tiles.
+_WIDTHS = (64, 128, 256)
+
+# (block_m, block_n, num_warps, num_stages), best first, per target and width. All were compiled ahead of time
+# with a causal mask, a window, a soft cap and biases: the first ones spill nothing. Which is fastest no GPU has said.
+_HALF: dict[str, tuple[tuple[_Shape, ...], ...]] = {
     "sm_80": (
         ((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 4, 3)),
         ((128, 32, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 3)),
+        ((64, 32, 8, 2), (64, 64, 8, 2)),
     ),
     "sm_90": (
         ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3)),
         ((128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)),
+        ((64, 32, 8, 2), (64, 64, 8, 2)),
     ),
     "sm_100": (
         ((128, 64, 8, 3), (128, 64, 4, 3), (128, 128, 8, 2)),
         ((128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
+        ((64, 64, 8, 2), (64, 32, 8, 2)),
     ),
     "gfx942": (
         ((128, 64, 4, 2), (128, 64, 4, 1), (64, 64, 4, 2)),
         ((128, 64, 4, 1), (128, 32, 4, 2), (64, 64, 4, 1)),
+        ((64, 32, 8, 1), (64, 64, 8, 1)),
     ),
 }
-# Products of f32 and f64 without matrix instructions keep both operands in registers.
-_EXACT: _Shapes = ((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 1))
-_SMALL: _Shapes = ((64, 64, 8, 1), (64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1))
+# Products of f32 and f64 take no matrix instructions on most targets: a program holds its operands in registers.
+_SINGLE: tuple[tuple[_Shape, ...], ...] = (
+    ((64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 4, 2)),
+    ((16, 32, 8, 2), (32, 16, 8, 1), (16, 32, 8, 1)),
+    ((16, 32, 8, 1), (32, 16, 8, 1)),
+)
+_DOUBLE: tuple[tuple[_Shape, ...], ...] = (
+    ((32, 32, 8, 2), (32, 32, 8, 1)),
+    ((32, 16, 8, 1), (16, 16, 8, 1)),
+    ((16, 16, 8, 1),),
+)
+_LAST_RESORTS: tuple[_Shape, ...] = ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1))
 
 
 def choose_tile(arch: str, dtype: DType, head_dim_qk: int, head_dim_v: int) -> TritonTile:
@@ -70,10 +90,14 @@ def candidates(arch: str, dtype: DType, head_dim_qk: int, head_dim_v: int) -> tu
     """The tiles worth measuring, best guess first. Never empty: the smallest tile is the last resort."""
     if arch == "interpret":
         return (INTERPRET,)
-    preferred = _EXACT if dtype.bytes > 2 else _PREFERRED[arch][max(head_dim_qk, head_dim_v) > 64]
-    tiles = [TritonTile(*shape) for shape in (*preferred, *_SMALL)]
+    tiles = [TritonTile(*shape) for shape in (*_preferred(arch, dtype, max(head_dim_qk, head_dim_v)), *_LAST_RESORTS)]
     fitting = tuple(dict.fromkeys(t for t in tiles if fits(t, arch, dtype, head_dim_qk, head_dim_v)))
     return fitting or (tiles[-1],)
+
+
+def _preferred(arch: str, dtype: DType, width: int) -> tuple[_Shape, ...]:
+    lists = {DType.F32: _SINGLE, DType.F64: _DOUBLE}.get(dtype, _HALF[arch])
+    return next((shapes for limit, shapes in zip(_WIDTHS, lists, strict=True) if width <= limit), ())
 
 
 def fits(tile: TritonTile, arch: str, dtype: DType, head_dim_qk: int, head_dim_v: int) -> bool:

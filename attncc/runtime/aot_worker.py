@@ -57,7 +57,7 @@ def main() -> None:
             if path not in modules:
                 modules[path] = load(path)
             answer = compile_one(modules[path], request)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  (a compiler may raise anything; the answer says what)
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
@@ -65,7 +65,8 @@ def main() -> None:
 
 def load(path: str) -> Any:
     specification = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert specification is not None and specification.loader is not None
+    assert specification is not None
+    assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
@@ -79,7 +80,7 @@ def compile_one(module: Any, request: dict[str, Any]) -> dict[str, Any]:
     source = ASTSource(function, request["signature"], request["constants"], attributes)
     compiled = triton.compile(source, target=TARGETS[arch], options=request["options"])
     if arch.startswith("sm_"):
-        found = nvidia_resources(compiled.asm["ptx"], TARGETS[arch].arch)
+        found = nvidia_resources(compiled.asm["ptx"], int(TARGETS[arch].arch))
         assembly, extension = compiled.asm["ptx"], "ptx"
     else:
         assembly, extension = compiled.asm["amdgcn"], "amdgcn"
@@ -112,8 +113,10 @@ def nvidia_resources(ptx: str, capability: int) -> dict[str, Any]:
     report = run.stderr + run.stdout
     used = [int(number) for number in re.findall(r"Used (\d+) registers", report)]
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    stack, stores, loads = (max(column) for column in zip(*(map(int, frame) for frame in frames), strict=True))
-    warnings = [line.strip() for line in report.splitlines() if re.search(r"warning|C75\d\d|serializ", line, re.I)]
+    stack, stores, loads = (max(map(int, column)) for column in zip(*frames, strict=True))
+    warnings = [
+        line.strip() for line in report.splitlines() if re.search(r"warning|C75\d\d|serializ", line, re.IGNORECASE)
+    ]
     return {"registers": max(used), "stack": stack, "spilled": stores + loads, "warnings": warnings}
 
 

@@ -19,7 +19,7 @@ import importlib.util
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +101,7 @@ class InterpretedModule:
     """The functions of a generated module, ready to be interpreted."""
 
     def __init__(self, path: Path) -> None:
-        specification = importlib.util.spec_from_file_location(f"{path.stem}_interpreted", path)
-        if specification is None or specification.loader is None:
-            raise ImportError(f"cannot import {path}")
-        module = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(module)
+        module = import_module(path, f"{path.stem}_interpreted")
         # Rewritten functions look this up in their own module first.
         vars(module)["interpreter_semantic"] = _SEMANTIC
         jitted = {name: value.fn for name, value in vars(module).items() if _is_jitted(value)}
@@ -126,23 +122,23 @@ def typed(value: Tensor | bool | int | float, type_name: str) -> Any:
     """A run-time argument of exactly the type that a signature names; for a pointer, the address of a tensor's data."""
     if type_name == "constexpr":
         return value
-    triton_type = tl.str_to_ty(type_name, None)
+    triton_type: Any = tl.str_to_ty(type_name, None)
     if isinstance(value, Tensor):
         data = np.array([value.data_ptr()], np.uint64)
     else:
-        data = np.array([value], base._get_np_dtype(triton_type))
+        data = np.array([value], base._get_np_dtype(triton_type))  # noqa: SLF001
     return tl.core.tensor(base.TensorHandle(data, triton_type), triton_type)
 
 
 @contextlib.contextmanager
-def _interpreting(fn: Callable[..., Any]) -> Iterator[None]:
+def _interpreting(fn: Callable[..., Any]) -> Generator[None]:
     """`triton.language` as the interpreter needs it to run `fn`, and as it was afterwards."""
     before = base.interpreter_builder, base.interpreter_semantic
     base.interpreter_builder, base.interpreter_semantic = _BUILDER, _SEMANTIC
     scopes: list[Any] = []
     try:
         # The first sees triton.language as `tl`, the second as its own library does: as `core`.
-        scopes += (base._patch_lang(fn), base._patch_lang(standard.zeros.fn))
+        scopes += (base._patch_lang(fn), base._patch_lang(standard.zeros.fn))  # noqa: SLF001
         scopes[-1].set_attr(tl.core.tensor, "__index__", lambda self: int(self.handle.data.item()))
         for name, function in _library().items():
             if hasattr(tl, name):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,15 @@ from torch import Tensor
 
 from attncc.diagnostics import BuildError, CallError
 from attncc.ir.nodes import Summary
+from attncc.ir.types import DType
 from attncc.passes.variance import variance
 from attncc.plan.nodes import ForwardPlan, KernelPlan, RowsPlan, TilesPlan, TritonTile
-from attncc.plan.triton_tiles import MACHINES
+from attncc.plan.triton_tiles import MACHINES, WITHOUT_F64
 from attncc.runtime.arguments import TORCH_DTYPES, Sizes
-from attncc.runtime.cache import write_atomically
+from attncc.runtime.cache import import_module, write_atomically
 from attncc.runtime.triton_errors import (
     NoDevice,
+    NoDoubles,
     NotATritonModule,
     NoTriton,
     TritonCompilationFailed,
@@ -127,9 +128,7 @@ class RowsKernel:
         self.function = module.functions[0]
         self.block_rows = block_rows
 
-    def launch(
-        self, x: Tensor, out: Tensor, sizes: Sizes, q_offset: int, tensors: Captured, scalars: Scalars
-    ) -> None:
+    def launch(self, x: Tensor, out: Tensor, sizes: Sizes, q_offset: int, tensors: Captured, scalars: Scalars) -> None:
         """Writes `out`, contiguous (B, H or HKV as the plan says, rows of x, width). `sizes` are those of the call."""
         arguments: list[Any] = [x, out, *x.stride()[:3], *_sizes(sizes, q_offset)]
         captured = [tensors[tensor.name] for tensor in self.plan.tensors]
@@ -151,9 +150,7 @@ class TilesKernel:
         self.summaries = plan.blocks.summaries
         self.per_mask = (plan.blocks.per_batch, plan.blocks.per_head)
 
-    def launch(
-        self, sizes: Sizes, q_offset: int, tensors: Captured, scalars: Scalars, device: torch.device
-    ) -> Tables:
+    def launch(self, sizes: Sizes, q_offset: int, tensors: Captured, scalars: Scalars, device: torch.device) -> Tables:
         """Allocates and fills the tables. The lists take one synchronisation, for their length."""
         captured = [tensors[tensor.name] for tensor in self.plan.tensors]
         tail: list[Any] = [*_captured(captured), *(scalars[scalar.name] for scalar in self.plan.scalars)]
@@ -180,7 +177,12 @@ class TilesKernel:
         return Tables(tuple(summaries), counts, offsets, entries)
 
     def _table(
-        self, sizes: Sizes, varying: tuple[bool, bool], summary: Summary | None, dtype: torch.dtype, device: torch.device
+        self,
+        sizes: Sizes,
+        varying: tuple[bool, bool],
+        summary: Summary | None,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> Table:
         per_batch, per_head = varying
         by_key = summary is not None and summary.axis == "kv"
@@ -223,8 +225,8 @@ class LoadedModule:
         self.options = {"num_warps": 4, "num_stages": 2}
         if isinstance(plan, ForwardPlan) and isinstance(plan.tile, TritonTile):
             self.options = {"num_warps": plan.tile.num_warps, "num_stages": plan.tile.num_stages}
-        if not self.interpreted and plan.target.arch not in MACHINES:
-            raise BuildError(UnknownArch(None, plan.target.arch, ", ".join((*MACHINES, "interpret"))))
+        if not self.interpreted:
+            check_target(plan, plan.target.arch)
         self._module = self._imported()
         self._compiled: dict[tuple[str, Variant], Any] = {}
 
@@ -261,7 +263,7 @@ class LoadedModule:
                 module = InterpretedModule(self.path)
                 found = module.functions
             else:
-                module = _import(self.path)
+                module = import_module(self.path, self.path.stem)
                 found = vars(module)
         except ImportError as error:
             raise BuildError(NoTriton(None, str(error))) from error
@@ -298,10 +300,19 @@ class LoadedModule:
             with torch.cuda.device(device):
                 target = triton.runtime.driver.active.get_current_target()
                 compiled = triton.compile(source, target=target, options=self.options)
+                _ = compiled.run  # loads it, which fails where the device has too little shared memory
         except Exception as error:
             raise BuildError(TritonCompilationFailed(None, function.label, str(device), str(error))) from error
         self._compiled[function.label, variant] = compiled
         return compiled
+
+
+def check_target(plan: KernelPlan, arch: str) -> None:
+    """Raises BuildError where kernels of this plan cannot be compiled for `arch`."""
+    if arch not in MACHINES:
+        raise BuildError(UnknownArch(None, arch, ", ".join((*MACHINES, "interpret"))))
+    if isinstance(plan, ForwardPlan) and plan.dtype is DType.F64 and arch in WITHOUT_F64:
+        raise BuildError(NoDoubles(None, plan.name, arch))
 
 
 def variant_of(operands: Iterable[Tensor], captured: Iterable[Tensor]) -> Variant:
@@ -347,15 +358,6 @@ def arch_of(device: torch.device) -> str:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(device)
     return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
-
-
-def _import(path: Path) -> ModuleType:
-    specification = importlib.util.spec_from_file_location(path.stem, path)
-    if specification is None or specification.loader is None:
-        raise ImportError(f"cannot import {path}")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 def _sizes(sizes: Sizes, q_offset: int) -> tuple[int, ...]:

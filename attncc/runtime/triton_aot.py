@@ -1,8 +1,8 @@
 """Compiles kernels ahead of time for a GPU that need not be there, and says what they take of it.
 
-    compile_ahead(plan, source, "sm_90")                 # {function: Resources}
-    compile_ahead(plan, source, "sm_90", out=folder)     # and writes cubin, ptx, source and a description to `folder`
-    compile_all(requests)                                # many at once, sharing a process
+compile_ahead(plan, source, "sm_90")                 # {function: Resources}
+compile_ahead(plan, source, "sm_90", out=folder)     # and writes cubin, ptx, source and a description to `folder`
+compile_all(requests)                                # many at once, sharing a process
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 
 from attncc.diagnostics import BuildError
 from attncc.plan.nodes import ForwardPlan, KernelPlan, RowsPlan, TilesPlan, TritonTile
-from attncc.plan.triton_tiles import MACHINES
 from attncc.runtime.cache import write_atomically
-from attncc.runtime.triton_errors import NoTriton, TritonCompilationFailed, UnknownArch
+from attncc.runtime.triton import check_target
+from attncc.runtime.triton_errors import NoTriton, TritonCompilationFailed
 from attncc.runtime.triton_fields import Function, Variant, functions_of, itemsize_of
 
 _WORKER = Path(__file__).with_name("aot_worker.py")
@@ -84,10 +84,17 @@ def compile_all(requests: Sequence[Request]) -> list[dict[str, Resources] | Buil
             reason = str(answer["error"])
             results[number] = BuildError(TritonCompilationFailed(None, function.label, request.arch, reason))
             continue
-        names = ("registers", "spilled", "stack", "shared", "products")
-        result[function.label] = Resources(*(answer[name] for name in names), tuple(answer["warnings"]))
+        found = Resources(
+            registers=answer["registers"],
+            spilled=answer["spilled"],
+            stack=answer["stack"],
+            shared=answer["shared"],
+            products=answer["products"],
+            warnings=tuple(answer["warnings"]),
+        )
+        result[function.label] = found
         if request.out is not None:
-            _describe(request, function, answer, result[function.label], request.out)
+            _describe(request, function, answer, found, request.out)
     return results
 
 
@@ -110,8 +117,7 @@ def options_of(plan: KernelPlan) -> dict[str, int]:
 
 def _jobs(number: int, request: Request, folder: Path) -> Iterator[tuple[int, Function, dict[str, Any]]]:
     plan, arch = request.plan, request.arch
-    if arch not in MACHINES:
-        raise BuildError(UnknownArch(None, arch, ", ".join(MACHINES)))
+    check_target(plan, arch)
     path = folder / f"{plan.name}_{number}.py"
     path.write_text(request.source, encoding="utf-8")
     if request.out is not None:

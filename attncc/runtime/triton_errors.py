@@ -12,7 +12,7 @@ class NoTriton(Diagnostic):
     code = "A0521"
     title = "triton cannot be imported: {reason}"
     help = "pip install 'triton>=3.6'"
-    explanation = "The triton target writes Triton kernels; running or compiling them takes the triton package (Linux only)."
+    explanation = "Running or compiling the kernels of the triton target takes the triton package (Linux only)."
     bad = 'attncc.build(spec, target="triton")     # where triton is not installed'
     good = 'attncc.build(spec, target="cpp")'
 
@@ -25,8 +25,8 @@ class TritonCompilationFailed(Diagnostic):
     title = "triton cannot compile {kernel} for {arch}"
     help = "{reason}"
     explanation = (
-        "The generated kernel was refused by Triton or by the assembler of the target. Unless the kernel comes from your "
-        "own template this is a fault of attncc: please report it with the specification."
+        "The generated kernel was refused by Triton or by the assembler of the target. Unless the kernel comes from "
+        "your own template this is a fault of attncc: please report it with the specification."
     )
     bad = "a template that calls a function Triton does not have"
     good = "a template that compiles: attncc emit FILE --stage source shows the kernel"
@@ -87,4 +87,17 @@ class NoDevice(Diagnostic):
     good = 'attncc.build(spec, target="triton:sm_90")(q.cuda(), k.cuda(), v.cuda())'
 
     device: str
+    arch: str
+
+
+@dataclass(frozen=True, slots=True)
+class NoDoubles(Diagnostic):
+    code = "A0527"
+    title = "{kernel} cannot be compiled for {arch} in f64"
+    help = 'use float32 there, or target="cpp" on the CPU, which computes in f64'
+    explanation = "Triton has no products of f64 for Blackwell (sm_100) and CDNA 3 (gfx942)."
+    bad = "attn(q.double(), k.double(), v.double())     # on a B200"
+    good = "attn(q.float(), k.float(), v.float())"
+
+    kernel: str
     arch: str
