@@ -21,7 +21,7 @@ SPECIAL = torch.tensor([0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 1e-30, -1
 SWEEP = torch.cat([torch.linspace(-30, 30, 4001), torch.logspace(-6, 4, 500), -torch.logspace(-6, 4, 500)])
 
 # Units in the last place of f32 by which a function in lanes may be off; those that call C's own library are closer.
-ULPS = {"exp": 4, "exp2": 4, "log": 4, "log2": 4, "tanh": 8, "sigmoid": 6, "silu": 8, "gelu": 16, "pow": 2}
+ULPS = {"exp": 4, "exp2": 4, "log": 4, "log2": 4, "tanh": 8, "sigmoid": 6, "silu": 8, "gelu": 40, "pow": 2}
 UNARY = sorted(
     name
     for name, operator in OPERATORS.items()
