@@ -9,6 +9,7 @@ what the second one needs (a template engine, the printers) is imported only whe
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def check(spec: str | Path | Source, *, name: str | None = None, **constants: bo
     source = spec if isinstance(spec, Source) else read(spec)
 
     def front_end() -> Attention:
-        use_cache_folder(cache.folder())
+        with contextlib.suppress(OSError):  # Without a place to write to it takes longer.
+            use_cache_folder(cache.folder())
         return check_source(source, name=name, constants=constants)
 
     if "use" in source.text:  # What it says depends on other files too.

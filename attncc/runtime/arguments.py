@@ -132,7 +132,7 @@ def python_number(value: Any) -> Any:
 
 
 def scalar_tensor(parameter: TensorParameter, value: Any, device: torch.device) -> Tensor:
-    """A number as the 0-d tensor that `parameter` declares. Raises `Mismatch` where it is of another kind, or too large."""
+    """A number as the 0-d tensor that `parameter` declares. Raises `Mismatch` for another kind, or one too large."""
     dtype = preferred_dtype(parameter)
     number = python_number(value)
     if type(number) not in PYTHON_TYPES[dtype.kind]:

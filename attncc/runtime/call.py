@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ class CompiledAttention:
                 target = resolve(self._target, q.device, self.templates)
                 sources = self.sources(specialization, target)
                 self._built[specialization, target] = sources
-                self._programs[key] = compile_program(*sources, cache.folder())
+                self._programs[key] = cache.in_folder(partial(compile_program, *sources))
             return self._programs[key]
 
     @staticmethod

@@ -9,19 +9,20 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
+import shlex
 import struct
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from attncc.diagnostics import BuildError
 from attncc.emit.cpp_machine import argument_fields
 from attncc.plan.nodes import KernelPlan
-from attncc.runtime.cache import key_of
+from attncc.runtime.cache import key_of, sweep, temporary_file, write_atomically
 from attncc.runtime.cpp_toolchain import compile_library, find_compiler, flags
+from attncc.runtime.errors import NotALibrary
 
 _DIGEST_BYTES = 32
 
@@ -60,17 +61,15 @@ class CppKernel:
 
 
 def compile_kernel(plan: KernelPlan, source: str, folder: Path) -> CppKernel:
-    """The kernel of `source`, compiled into `folder` or found there. Raises BuildError where it cannot be compiled."""
+    """The kernel of `source`, compiled into `folder` or found there. Raises BuildError where it cannot be compiled,
+    OSError where nothing can be written to `folder`."""
     compiler = find_compiler()
     options = flags(plan.target.arch, plan.target.flags)
     name = f"{plan.name}-{key_of(source, options, compiler.command, compiler.identity)}"
     path = folder / f"{name}.so"
     library = _load(path)
     if library is None:
-        _compile(source, options, path)
-        library = _load(path)
-        if library is None:
-            raise OSError(f"{path} was damaged as soon as it was written")
+        library = _compile(source, options, path)
     library.attncc_bind.argtypes = (ctypes.c_void_p,)
     library.attncc_bind.restype = None
     library.attncc_bind(parallel_region())
@@ -87,35 +86,57 @@ def _load(path: Path) -> ctypes.CDLL | None:
     if hashlib.sha256(body).digest() != digest:
         return None
     try:
-        library = ctypes.CDLL(str(path))
-    except OSError:  # of another machine, or against another C library
+        return _open(path, body)
+    except ImportError:  # of another machine, or against another C library
         return None
-    return library if hasattr(library, "attncc_run") and hasattr(library, "attncc_bind") else None
 
 
-def _compile(source: str, options: Sequence[str], path: Path) -> None:
-    """Compiles `source` to `path` by way of temporary names, so that others see all of it or nothing. The source stays
+def _open(path: Path, content: bytes) -> ctypes.CDLL:
+    """The library at `path`, with the entry points of a kernel. Raises ImportError where it is none."""
+    if _is_cut_short(content):
+        raise ImportError("it is cut short")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ImportError(str(error)) from error
+    for name in ("attncc_run", "attncc_bind"):
+        if not hasattr(library, name):
+            raise ImportError(f"it has no function {name}")
+    return library
+
+
+def _is_cut_short(library: bytes) -> bool:
+    """Whether the end of an ELF file of 64 bits is missing: loading it would end the process."""
+    if library[:5] != b"\x7fELF\x02" or len(library) < 64:
+        return False
+    sections, _, size, count = struct.unpack_from("=Q10sHH", library, 40)
+    return sections + size * count > len(library)  # the table of sections comes last
+
+
+def _compile(source: str, options: Sequence[str], path: Path) -> ctypes.CDLL:
+    """Compiles `source` to `path` by way of a temporary name, so that others see all of it or nothing. The source stays
     beside it, for people to read; where the compiler fails, that is what its message points to."""
     listing = path.with_suffix(".cpp")
-    _write_text(listing, source)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".so")
-    os.close(handle)
+    write_atomically(listing, source.encode())
+    sweep(path.parent)
+    compiler = find_compiler()
+    temporary = temporary_file(path)
     try:
-        compile_library(find_compiler(), options, listing, Path(temporary))
-        with open(temporary, "r+b") as file:
-            digest = hashlib.sha256(file.read()).digest()
-            file.write(digest)
-        os.replace(temporary, path)
+        compile_library(compiler, options, listing, temporary)
+        with temporary.open("r+b") as file:
+            content = file.read()
+            file.write(hashlib.sha256(content).digest())
+        try:
+            library = _open(temporary, content)
+        except ImportError as error:
+            reason = str(error).replace(str(temporary), path.name)
+            command = shlex.join((*compiler.command, *options))
+            raise BuildError(NotALibrary(None, reason, command, str(path.parent))) from error
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-
-
-def _write_text(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    return library
 
 
 @functools.cache
@@ -141,7 +162,7 @@ def _openmp_libraries() -> list[Path]:
     own = Path(torch.__file__).parent / "lib"
     loaded: list[Path] = []
     try:
-        with open("/proc/self/maps", encoding="utf-8") as maps:
+        with Path("/proc/self/maps").open(encoding="utf-8") as maps:
             loaded = list(dict.fromkeys(Path(line.split(maxsplit=5)[-1].strip()) for line in maps if "omp" in line))
     except OSError:
         pass

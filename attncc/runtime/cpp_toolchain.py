@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import platform
@@ -74,16 +75,23 @@ def find_compiler() -> Compiler:
 
 @functools.cache
 def _find_compiler(cxx: str, path: str) -> Compiler:
-    candidates = [shlex.split(cxx)] if cxx else [["g++"], ["clang++"], ["c++"]]
+    try:
+        candidates = [shlex.split(cxx)] if cxx else [["g++"], ["clang++"], ["c++"]]
+    except ValueError:  # a quotation mark without its partner
+        candidates = []
     for command in candidates:
         found = shutil.which(command[0], path=path)
         if found is not None:
-            resolved = Path(found).resolve()
-            stat = resolved.stat()
-            # Asking for its version would cost a process at every start.
-            identity = f"{resolved} {stat.st_size} {stat.st_mtime_ns}"
-            return Compiler((found, *command[1:]), identity)
+            # Asking for its version would cost a process at every start. `ccache g++` is two programs.
+            programs = [found, *filter(None, (shutil.which(word, path=path) for word in command[1:]))]
+            return Compiler((found, *command[1:]), " ".join(map(_identity, programs)))
     raise BuildError(NoCompiler(None, cxx or "g++, clang++ or c++", _install_hint()))
+
+
+def _identity(program: str) -> str:
+    resolved = Path(program).resolve()
+    stat = resolved.stat()
+    return f"{resolved} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def _install_hint() -> str:
@@ -107,13 +115,19 @@ def flags(arch: str, more: Sequence[str] = ()) -> tuple[str, ...]:
 
 
 def compile_library(compiler: Compiler, flags: Sequence[str], source: Path, output: Path) -> None:
-    """Compiles `source` to the shared library `output`. Raises BuildError where the compiler fails."""
+    """Compiles `source` to the shared library `output`. Raises BuildError where the compiler fails, OSError where that
+    is because the disk is full."""
     command = [*compiler.command, *flags, str(source), "-o", str(output), "-lm"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False, env={**os.environ, "LC_ALL": "C"}
+        )
     except OSError as error:
         raise BuildError(CompilerFailed(None, shlex.join(command), str(error), str(source))) from error
     if done.returncode != 0:
+        for number in (errno.ENOSPC, errno.EDQUOT):
+            if os.strerror(number) in done.stderr:
+                raise OSError(number, os.strerror(number), str(output))
         raise BuildError(
             CompilerFailed(None, shlex.join(command), _first_errors(done.stderr, done.returncode), str(source))
         )

@@ -30,7 +30,9 @@ class WrongRank(Diagnostic):
     title = "`{name}` has shape {found}, expected {expected} axes"
     label = "declared here"
     help = "give {name} the shape {shape}"
-    explanation = "q is (B, H, M, D), k (B, HKV, N, D), v (B, HKV, N, E); a captured tensor has the axes it was declared with."
+    explanation = (
+        "q is (B, H, M, D), k (B, HKV, N, D), v (B, HKV, N, E); a captured tensor has the axes it was declared with."
+    )
     bad = "attn(torch.randn(8, 64), k, v)"
     good = "attn(torch.randn(1, 1, 8, 64), k, v)"
 
@@ -116,7 +118,9 @@ class MissingInput(Diagnostic):
     title = "`{name}` is missing"
     label = "declared here, without a default"
     help = "pass {what} by keyword: attn(q, k, v, {name}={example})"
-    explanation = "Every tensor that a specification declares, and every scalar without a default, is passed by keyword."
+    explanation = (
+        "Every tensor that a specification declares, and every scalar without a default, is passed by keyword."
+    )
     bad = "attn(q, k, v)                # for `attention alibi(slope: f32[H])`"
     good = "attn(q, k, v, slope=slope)"
 
@@ -204,7 +208,9 @@ class EmptyWidth(Diagnostic):
     code = "A0613"
     title = "`{name}` has rows of width 0"
     help = "D (the last axis of q and k) and E (that of v) must be at least 1"
-    explanation = "B, H, M and N may be 0; a head dimension may not: a row without elements has no dot product to scale."
+    explanation = (
+        "B, H, M and N may be 0; a head dimension may not: a row without elements has no dot product to scale."
+    )
     bad = "attn(torch.randn(1, 1, 8, 0), torch.randn(1, 1, 8, 0), v)"
     good = "attn(torch.randn(1, 1, 8, 1), torch.randn(1, 1, 8, 1), v)"
 
@@ -218,8 +224,8 @@ class NotDense(Diagnostic):
     label = "declared here"
     help = "pass {name}.to_dense(), or pad a nested tensor and mask the padding"
     explanation = (
-        "Kernels read elements from memory at strides. Sparse, nested and otherwise packed tensors keep theirs in another "
-        "way; what a sparse layout leaves out is said by a mask."
+        "Kernels read elements from memory at strides. Sparse, nested and otherwise packed tensors keep theirs in "
+        "another way; what a sparse layout leaves out is said by a mask."
     )
     bad = "attn(q.to_sparse(), k, v)"
     good = "attn(q, k, v)"
@@ -267,8 +273,8 @@ class CompilerFailed(Diagnostic):
     code = "A0502"
     title = "the C++ compiler failed: {output}"
     explanation = (
-        "The generated C++ did not compile. With templates or flags of your own, the compiler's words say what to mend; "
-        "with attncc's own, the compiler is probably too old (g++ 9 and clang++ 12 are known to do) or CXX names "
+        "The generated C++ did not compile. With templates or flags of your own, the compiler's words say what to "
+        "mend; with attncc's own, the compiler is probably too old (g++ 9 and clang++ 12 are known to do) or CXX names "
         "something else."
     )
     bad = "CXX=/bin/false python …"
@@ -282,6 +288,44 @@ class CompilerFailed(Diagnostic):
         return f"the command was: {self.command}", f"the source is kept at {self.source}"
 
 
+@dataclass(frozen=True, slots=True)
+class NotALibrary(Diagnostic):
+    code = "A0503"
+    title = "what the C++ compiler wrote cannot be loaded: {reason}"
+    explanation = (
+        "The compiler ended without an error, and its output is no shared library for this process: CXX may name a "
+        "compiler for another machine, or something that is no compiler; or libraries may not be loaded from there."
+    )
+    bad = "CXX=/bin/true python …"
+    good = "CXX=g++ python …"
+
+    reason: str
+    command: str
+    folder: str
+
+    def helps(self) -> tuple[str, ...]:
+        return (
+            f"the command was: {self.command}",
+            f"if {self.folder} lies on a file system that is mounted noexec, set ATTNCC_CACHE to another folder",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class NoCacheFolder(Diagnostic):
+    code = "A0504"
+    title = "there is no place to write a kernel to: {reason}"
+    help = "set ATTNCC_CACHE to a folder that can be written and has room; neither {folder} nor a temporary folder does"
+    explanation = (
+        "Kernels are compiled into the cache folder, or, where that cannot be written or is full, into a temporary "
+        "folder of the process. Here both failed."
+    )
+    bad = "ATTNCC_CACHE=/proc TMPDIR=/proc python …"
+    good = "ATTNCC_CACHE=$HOME/kernels python …"
+
+    folder: str
+    reason: str
+
+
 # --- A05xx: targets -------------------------------------------------------------------------------------------------
 
 
@@ -290,7 +334,9 @@ class NoKernelForDevice(Diagnostic):
     code = "A0551"
     title = "{target} has no kernel for {device}"
     help = "{advice}"
-    explanation = "C++ kernels take tensors on the CPU, Triton kernels tensors on a GPU; `triton:interpret` takes the CPU's."
+    explanation = (
+        "C++ kernels take tensors on the CPU, Triton kernels tensors on a GPU; `triton:interpret` takes the CPU's."
+    )
     bad = 'attncc.build(spec, target="triton")(q, k, v)             # with q on the CPU'
     good = 'attncc.build(spec, target="triton:interpret")(q, k, v)'
 

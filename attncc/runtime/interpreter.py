@@ -15,7 +15,6 @@ What it gets wrong is put right in a builder of our own, and so for our own kern
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import threading
 import types
 import warnings
@@ -28,6 +27,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import standard
 from triton.runtime import interpreter as base
+
+from attncc.runtime.cache import import_module
 
 _LOCK = threading.RLock()
 _COMPARISONS = (np.equal, np.not_equal, np.less, np.less_equal, np.greater, np.greater_equal)

@@ -10,11 +10,9 @@ and scalars are arguments of the compiled function.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeAlias, assert_never
 
 import torch

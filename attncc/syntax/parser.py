@@ -125,11 +125,24 @@ def _lark() -> Lark:
         return make(cache=False)
     key = hashlib.sha256(f"{lark.__version__}\0{sys.version}\0{grammar}".encode()).hexdigest()[:16]
     path = _cache_folder / f"grammar-{key}.lark"
-    if path.exists():
+    if _is_whole(path):
         return make(cache=str(path))
     # lark writes in place; another process must see the whole file or none.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     parser = make(cache=str(temporary))
     with contextlib.suppress(OSError):  # A folder that cannot be written to costs time, not correctness.
+        with temporary.open("r+b") as file:
+            file.write(hashlib.sha256(file.read()).digest())
         temporary.replace(path)
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
     return parser
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the tables at `path` are those that were written: their digest follows them, where lark reads no more."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
