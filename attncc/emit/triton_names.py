@@ -27,7 +27,7 @@ _KERNEL_NAMES = """
     q k v o lse x out B H HKV M N rows heads q_offset heads_per_section
     pid tile_m tile_n tiles_m tiles_n section b h hkv bh head source_head
     start_m start_n rows_m rows_n rows_r offs_r offs_m offs_n offs_d q_idx q_lo q_hi kv_lo kv_hi row_m row_n
-    qk score keep live p finite strange seen m_i l_i m_new alpha total count partial entry i
+    qk score keep live p finite strange seen turn sign m_i l_i m_new alpha total count partial entry i
     q_head k_head v_head o_head x_head x_rows o_rows sink
     list_offsets list_tiles list_counts list_stride_b list_stride_h list_row table possible certain
     inside begin end position value values valid least greatest

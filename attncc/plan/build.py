@@ -152,7 +152,7 @@ def _row_level(expr: Expr) -> int:
 
 
 def _plan_forward(attention: Attention, specialization: Specialization, target: Target) -> ForwardPlan:
-    tile = _choose_tile(specialization, target)
+    tile = _choose_tile(attention, specialization, target)
     stager = Stager(_PAIR_LEVELS, _PAIR_SUFFIXES, _pair_level, _reserved(attention))
     normalizer, weight_clause, sink_clause = _normalizer_parts(attention)
     exact_division = specialization.dtype is DType.F64
@@ -312,9 +312,15 @@ def _plan_tiles(forward: ForwardPlan) -> TilesPlan:
     )
 
 
-def _choose_tile(specialization: Specialization, target: Target) -> Tile:
-    choose = {"cpp": choose_cpp_tile, "triton": choose_triton_tile}[target.backend]
-    return choose(target.arch, specialization.dtype, specialization.head_dim_qk, specialization.head_dim_v)
+def _choose_tile(attention: Attention, specialization: Specialization, target: Target) -> Tile:
+    sizes = (specialization.dtype, specialization.head_dim_qk, specialization.head_dim_v)
+    if target.backend == "cpp":
+        return choose_cpp_tile(target.arch, *sizes)
+    _, weight, _ = _normalizer_parts(attention)
+    clauses = (attention.score, attention.mask, *(() if weight is None else (weight,)))
+    loads = [node for clause in clauses for node in walk(clause) if isinstance(node, Load)]
+    reads_pairs = any({"q", "kv"} <= variance(load) for load in loads)
+    return choose_triton_tile(target.arch, *sizes, reads_pairs=reads_pairs)
 
 
 # --- what a kernel reads --------------------------------------------------------------------------------------------

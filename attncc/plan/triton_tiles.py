@@ -79,18 +79,24 @@ _DOUBLE: tuple[tuple[_Shape, ...], ...] = (
 _LAST_RESORTS: tuple[_Shape, ...] = ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1))
 
 
-def choose_tile(arch: str, dtype: DType, head_dim_qk: int, head_dim_v: int) -> TritonTile:
-    """The tile for a target when nothing has been measured."""
-    if arch == "interpret":
-        return INTERPRET
-    return candidates(arch, dtype, head_dim_qk, head_dim_v)[0]
+def choose_tile(
+    arch: str, dtype: DType, head_dim_qk: int, head_dim_v: int, *, reads_pairs: bool = False
+) -> TritonTile:
+    """The tile for a target when nothing has been measured. Arguments as for `candidates`."""
+    return candidates(arch, dtype, head_dim_qk, head_dim_v, reads_pairs=reads_pairs)[0]
 
 
-def candidates(arch: str, dtype: DType, head_dim_qk: int, head_dim_v: int) -> tuple[TritonTile, ...]:
-    """The tiles worth measuring, best guess first. Never empty: the smallest tile is the last resort."""
+def candidates(
+    arch: str, dtype: DType, head_dim_qk: int, head_dim_v: int, *, reads_pairs: bool = False
+) -> tuple[TritonTile, ...]:
+    """The tiles worth measuring, best guess first. Never empty: the smallest tile is the last resort.
+
+    reads_pairs: a captured tensor is read at every pair, which takes the room that a head twice as wide would take.
+    """
     if arch == "interpret":
         return (INTERPRET,)
-    tiles = [TritonTile(*shape) for shape in (*_preferred(arch, dtype, max(head_dim_qk, head_dim_v)), *_LAST_RESORTS)]
+    width = max(head_dim_qk, head_dim_v) * (2 if reads_pairs else 1)
+    tiles = [TritonTile(*shape) for shape in (*_preferred(arch, dtype, width), *_LAST_RESORTS)]
     fitting = tuple(dict.fromkeys(t for t in tiles if fits(t, arch, dtype, head_dim_qk, head_dim_v)))
     return fitting or (tiles[-1],)
 
