@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from attncc.diagnostics import AttnError, render
-from attncc.errors import InternalError
+from attncc.errors import InternalError, NotEnoughMemory
 
 # Wrong usage is 2, by argparse.
 USER_ERROR, INTERNAL_ERROR, INTERRUPTED = 1, 70, 130
@@ -49,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output is gone; keep Python from complaining when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
+    except Exception as error:  # Nothing may end in a traceback.
+        if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+            print(render(NotEnoughMemory(None, str(error).split("\n", 1)[0])), file=sys.stderr)
+            return USER_ERROR
         if os.environ.get("ATTNCC_DEBUG"):
             raise
         print(render(InternalError(None, type(error).__name__, str(error))), file=sys.stderr)

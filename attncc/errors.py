@@ -132,6 +132,18 @@ class ReadsOutside(Diagnostic):
 
 
 @dataclass(frozen=True, slots=True)
+class NotEnoughMemory(Diagnostic):
+    code = "A0640"
+    title = "there is not enough memory: {reason}"
+    help = "choose a smaller --shape"
+    explanation = "The tensors of the call, or what it is compared with, do not fit into the memory of this machine."
+    bad = "attncc run causal.attn --shape 1,8,8,10000000000,10000000000,64"
+    good = "attncc run causal.attn --shape 1,8,8,4096,4096,64"
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class InternalError(Diagnostic):
     code = "A0901"
     title = "attncc itself failed: {kind}: {message}"

@@ -64,16 +64,16 @@ def count_kept_pairs(attention: Attention, call: Call) -> int:
 def sdpa(attention: Attention, call: Call) -> Peer:
     """`scaled_dot_product_attention`: softmax of scaled products plus at most a mask or a bias, made beforehand."""
     if attention.normalizer != Softmax():
-        return NotApplicable("its weights are a plain softmax")
+        return NotApplicable("it takes weights that are a plain softmax")
     if any(getattr(attention, row) != identity_row(row) for row in ("q", "k", "v")):
-        return NotApplicable("it has no row transforms")
+        return NotApplicable("it takes rows as they are")
     env = _at_pairs(call.environment(attention))
     scale = torch_value(attention.scale, env)
     if scale.numel() != 1:
-        return NotApplicable("its scale is a number")
+        return NotApplicable("it takes one number as the scale")
     bias = _added_to_qk(attention.score)
     if bias is None:
-        return NotApplicable("its scores are products plus a bias")
+        return NotApplicable("it takes scores that are products plus a bias")
     kept = torch_value(attention.mask, env)
     shape = (call.q.shape[2], call.k.shape[2])
     options: dict[str, Any] = {"scale": float(scale), "enable_gqa": call.q.shape[1] != call.k.shape[1]}
@@ -92,7 +92,7 @@ def flex(attention: Attention, call: Call) -> Peer:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if attention.normalizer != Softmax():
-        return NotApplicable("its weights are a plain softmax")
+        return NotApplicable("it takes weights that are a plain softmax")
     if call.q.dtype == torch.float64:
         return NotApplicable("it takes no float64")
     if 0 in (call.q.shape[2], call.k.shape[2]):

@@ -133,6 +133,8 @@ def test_run_with_scalars(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", CAUSAL, *SMALL, "--templates", "/no/such/folder"], "no folder of templates"),
         (["run", str(EXAMPLES / "relative_bias.attn"), "--shape", "1,1,1,0,0,8"], "at these sizes"),
         (["bench", CAUSAL, "--against", "sppa"], "no peer `sppa`"),
+        (["verify", CAUSAL, "--target", "cuda"], "no target `cuda`"),
+        (["run", CAUSAL, "--shape", "1,1,1,100000000,100000000,100000"], "not enough memory"),
         (["explain", "A9999"], "no error code"),
         (["explain", "missing.attn"], "cannot read"),
     ],

@@ -23,6 +23,7 @@ from attncc.peers import Call
 from attncc.reference import OutOfRange
 from attncc.runtime.arguments import TORCH_DTYPES
 from attncc.runtime.cpp_toolchain import ARCHS, find_compiler, native_arch
+from attncc.runtime.targets import resolve
 from attncc.verify import Report, reads_outside, returns_lse, snippet
 from attncc.verify import verify as verify_target
 
@@ -92,6 +93,7 @@ def verify(arguments: argparse.Namespace) -> int:
     for target in arguments.target or targets_at_hand():
         attn = loaded.compiled(target, arguments.templates)
         device = device_of(target)
+        resolve(target, torch.device(device), attn.templates)  # A wrong name is no failure of the specification.
 
         def kernel(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> tuple[Tensor, Tensor | None]:
             q, k, v = (x.to(device) for x in (q, k, v))  # noqa: B023
