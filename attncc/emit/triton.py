@@ -136,7 +136,6 @@ class TritonPrinter:
             "compute_dtype": lambda _: "tl.float64" if self.double else "tl.float32",
             "exact": lambda dtype: dtype in (DType.F32, DType.F64),
             "lowest": lambda dtype: LOWEST[DType.F64 if dtype is DType.F64 else DType.F32],
-            "log2_e": lambda _: LOG2_E,
             "to_log2": to_log2,
             "axes": range,
             "passes": passes,
