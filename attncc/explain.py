@@ -53,10 +53,8 @@ def _clauses(attention: Attention) -> Iterator[str]:
         ("mask", attention.mask),
     ]
     match attention.normalizer:
-        case Softmax(sink=None):
-            pass
-        case Softmax(sink=sink) if sink is not None:
-            clauses.append(("sink", sink))
+        case Softmax(sink=sink):
+            clauses += [] if sink is None else [("sink", sink)]
         case Elementwise(weight=weight) | Sum(weight=weight):
             clauses.append(("weight", weight))
     for name, clause in clauses:

@@ -15,9 +15,7 @@ def normal(*shape: int) -> torch.Tensor:
 def test_a_tensor_in_score_and_mask_still_masks_values_that_are_not_finite() -> None:
     """Where values were not finite, the mask was asked again without what it shares with the score."""
     attn = attncc.build(
-        "attention both(bias: f32[M, N]):\n"
-        "    score = qk + bias[q_row, kv_idx]\n"
-        "    mask  = bias[q_row, kv_idx] > 0\n",
+        "attention both(bias: f32[M, N]):\n    score = qk + bias[q_row, kv_idx]\n    mask  = bias[q_row, kv_idx] > 0\n",
         target="cpp",
     )
     q, k, v = normal(1, 1, 40, 16), normal(1, 1, 70, 16), normal(1, 1, 70, 16)
