@@ -8,8 +8,19 @@ import torch
 from torch import Tensor
 
 from attncc.build import sources_of
-from attncc.ir.nodes import Apply, Attention, Constant, Expr, Hole, Index, Normalizer, Softmax, identity_row
-from attncc.ir.nodes import ScalarParameter, TensorParameter
+from attncc.ir.nodes import (
+    Apply,
+    Attention,
+    Constant,
+    Expr,
+    Hole,
+    Index,
+    Normalizer,
+    ScalarParameter,
+    Softmax,
+    TensorParameter,
+    identity_row,
+)
 from attncc.plan.nodes import Specialization, Target
 from attncc.runtime import cache
 from attncc.runtime.arguments import DTYPES, Bound, Signature
@@ -28,10 +39,13 @@ def op(name: str, *args: Expr | float) -> Apply:
     return Apply(name, tuple(Constant(arg) if isinstance(arg, bool | int | float) else arg for arg in args))
 
 
+QK, EVERYTHING, SOFTMAX = Hole("qk"), Constant(True), Softmax()
+
+
 def attention(
-    score: Expr = Hole("qk"),
-    mask: Expr = Constant(True),
-    normalizer: Normalizer = Softmax(),
+    score: Expr = QK,
+    mask: Expr = EVERYTHING,
+    normalizer: Normalizer = SOFTMAX,
     parameters: tuple[ScalarParameter | TensorParameter, ...] = (),
     scale: float = 0.125,
 ) -> Attention:

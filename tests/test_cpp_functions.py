@@ -12,7 +12,7 @@ import torch
 from cpp_support import NATIVE_ARCHS, attention, op, run
 from torch import Tensor
 
-from attncc.ir.nodes import Elementwise, Expr, Hole
+from attncc.ir.nodes import Apply, Constant, Elementwise, Expr, Hole
 from attncc.ir.operators import OPERATORS
 from attncc.ir.types import Kind
 
@@ -68,17 +68,19 @@ def test_exponentials_are_exact_at_whole_powers() -> None:
 def test_minimum_and_maximum_pass_a_nan_on(arch: str) -> None:
     for name in ("min", "max"):
         for weight in (op(name, SCORE, 0.5), op(name, op("add", 0.5, op("mul", SCORE, 0.0)), SCORE)):
-            assert torch.equal(
-                apply(weight, SPECIAL, arch).isnan(), _meaning(weight, SPECIAL.double()).isnan()
-            ), f"{name} on {arch}"
+            assert torch.equal(apply(weight, SPECIAL, arch).isnan(), _meaning(weight, SPECIAL.double()).isnan()), (
+                f"{name} on {arch}"
+            )
 
 
 def _meaning(weight: Expr, x: Tensor) -> Tensor:
     """A weight over the score, by the operators' own meaning."""
     if weight == SCORE:
         return x
-    args = [_meaning(arg, x) if hasattr(arg, "op") or arg == SCORE else torch.tensor(arg.value).double() for arg in weight.args]
-    return OPERATORS[weight.op].torch(*torch.broadcast_tensors(*args))
+    if isinstance(weight, Constant):
+        return torch.tensor(weight.value).double()
+    assert isinstance(weight, Apply)
+    return OPERATORS[weight.op].torch(*torch.broadcast_tensors(*(_meaning(arg, x) for arg in weight.args)))
 
 
 def assert_within(found: Tensor, expected: Tensor, ulps: int, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The C++ forward kernel where it branches: element types, widths, lengths, layouts, masks, numbers out of the ordinary."""
+"""The C++ forward kernel where it branches: types, widths, lengths, layouts, masks, numbers out of the ordinary."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from torch import Tensor
 
 from attncc.ir.nodes import Attention, Elementwise, Hole, Index, Load, Size, Softmax, Sum, TensorParameter
 from attncc.ir.types import DType, Kind
+from attncc.runtime.arguments import TORCH_DTYPES
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 # Each combination is a compilation; the long tier takes all of them.
 SLOW = pytest.mark.slow
-DTYPES = pytest.mark.parametrize("dtype", [F32, BF16, pytest.param(F64, marks=SLOW), pytest.param(F16, marks=SLOW)], ids=str)
+DTYPES = pytest.mark.parametrize(
+    "dtype", [F32, BF16, pytest.param(F64, marks=SLOW), pytest.param(F16, marks=SLOW)], ids=str
+)
 ARCHS = pytest.mark.parametrize(
     "arch", [NATIVE_ARCHS[0], *(pytest.param(arch, marks=SLOW) for arch in NATIVE_ARCHS[1:])]
 )
@@ -124,11 +127,15 @@ class Guarded:
 @DTYPES
 @pytest.mark.parametrize("at_end", [True, False])
 @pytest.mark.parametrize(("N", "D", "E"), [(53, 16, 16), (8, 7, 5), (1, 1, 1), (259, 33, 64)])
-def test_nothing_outside_the_tensors_is_read(N: int, D: int, E: int, at_end: bool, dtype: torch.dtype, arch: str) -> None:
+def test_nothing_outside_the_tensors_is_read(
+    N: int, D: int, E: int, at_end: bool, dtype: torch.dtype, arch: str
+) -> None:
     guarded = Guarded()
     spec = attention(
         score=op("add", Hole("qk"), op("add", load("bias", H, Index("q_row"), KV), load("table", op("sub", Q, KV)))),
-        mask=op("and", load("allowed", Index("q_row"), KV, kind=Kind.BOOL), op("lt", load("doc", B, Q, kind=Kind.INT), 3)),
+        mask=op(
+            "and", load("allowed", Index("q_row"), KV, kind=Kind.BOOL), op("lt", load("doc", B, Q, kind=Kind.INT), 3)
+        ),
         parameters=(
             TensorParameter("bias", FLOATS, (Size("H"), Size("M"), Size("N"))),
             TensorParameter("table", FLOATS, (Size("N"),)),
@@ -167,7 +174,7 @@ def test_a_dense_bias(element: DType, dtype: torch.dtype, arch: str) -> None:
         parameters=(TensorParameter("bias", FLOATS, (Size("B"), Size("H"), Size("M"), Size("N"))),),
     )
     q, k, v = operands(dtype, B=2)
-    bias = normal(2, 2, 37, 53).to(getattr(torch, {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "f64": "float64"}[element.value]))
+    bias = normal(2, 2, 37, 53, dtype=TORCH_DTYPES[element])
     check(spec, q, k, v, arch=arch, bias=bias)
     check(spec, q, k, v, arch=arch, bias=bias.transpose(2, 3).contiguous().transpose(2, 3))
     check(spec, q, k, v, arch=arch, bias=bias[:1, :1].expand(2, 2, -1, -1))

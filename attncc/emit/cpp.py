@@ -1,22 +1,21 @@
 """Spells IR expressions in C++: scalars, or vectors with one query per lane.
 
 An expression that varies with the query prints as a vector (`floats`, `ints`, or `longs` where 32 bits may not hold
-its value); everything else prints as a scalar and is broadcast where the two meet. Bools in lanes are masks, -1 for true.
+its value); everything else prints as a scalar and is broadcast where the two meet. Bools in lanes are masks of -1.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import assert_never
 
+from attncc.emit.cpp_loads import Definitions, TiledLoad, tiled_loads
 from attncc.emit.cpp_machine import (
     CLASSIFIED_KEYS,
     ELEMENT_TYPES,
     SCALAR_TYPES,
-    Field,
-    Machine,
     argument_fields,
     machine_of,
     mangle,
@@ -24,8 +23,9 @@ from attncc.emit.cpp_machine import (
     table_type,
     with_uses,
 )
-from attncc.emit.cpp_loads import Definitions, TiledLoad, tiled_loads
+from attncc.emit.cpp_plan import expressions_of, levels_of
 from attncc.emit.cpp_rows import RowLevels, split_levels
+from attncc.emit.cpp_text import ATOM, BITS, COMPARISON, LEVELS, LOGIC, SUM, UNARY, Printed, tidy
 from attncc.ir.nodes import (
     Apply,
     Constant,
@@ -45,32 +45,22 @@ from attncc.ir.rewrite import children, kind_of, walk
 from attncc.ir.text import to_text
 from attncc.ir.types import DType, Kind
 from attncc.passes.ranges import INT32, Range, int_range
-from attncc.plan.nodes import Binding, ForwardPlan, KernelPlan, RowsPlan, ScalarArgument, Staged, TensorArgument, TilesPlan
+from attncc.plan.nodes import (
+    Binding,
+    ForwardPlan,
+    KernelPlan,
+    RowsPlan,
+    ScalarArgument,
+    Staged,
+    TensorArgument,
+)
 
 _INFIX = re.compile(r"\(\{0\} (\S+) \{1\}\)")
 _PREFIX = re.compile(r"\((\S)\{0\}\)")
 _CALL = re.compile(r"([a-z0-9_]+)_\(.*\)")
 
-# How tightly operators bind. A bitwise operator never shares a level with another: its operands get parentheses.
-_ATOM, _UNARY, _PRODUCT, _SUM, _COMPARISON, _BITS, _LOGIC = range(7)
-_LEVELS = {"*": _PRODUCT, "/": _PRODUCT, "+": _SUM, "-": _SUM} | dict.fromkeys(
-    ("<", "<=", ">", ">=", "==", "!="), _COMPARISON
-)
 # Spelt with C++'s own operators: for scalars, for masks.
 _LOGICAL = {"and": ("&&", "&"), "or": ("||", "|")}
-
-
-@dataclass(frozen=True, slots=True)
-class Printed:
-    """C++ text of an expression. lanes: a vector, one value per query; wide: an int of 64 bits; f64: a float of 64 bits
-    where `real` may have 32."""
-
-    text: str
-    kind: Kind
-    lanes: bool = False
-    wide: bool = False
-    level: int = _ATOM
-    f64: bool = False
 
 
 class CppPrinter:
@@ -99,7 +89,7 @@ class CppPrinter:
 
     def filters(self) -> Mapping[str, Callable[..., object]]:
         return {
-            "machine": lambda plan: self.machine,
+            "machine": lambda _: self.machine,
             "arguments": argument_fields,
             "functions": self.functions,
             "element_types": self.element_types,
@@ -112,23 +102,21 @@ class CppPrinter:
             "outer": self.outer,
             "range_end": self.range_end,
             "lanes": self.lanes,
-            "row_levels": lambda plan: self._row_levels,
+            "row_levels": lambda _: self._row_levels,
             "table_element": table_element,
-            "tiled_loads": lambda plan: self._tiled,
+            "tiled_loads": lambda _: self._tiled,
             "tile_type": lambda tiled: self._lane_type(self._print_load(tiled.value)),
             "tile_value": self.tile_value,
-            "plane_elements": lambda plan: {
-                ELEMENT_TYPES[self._dtypes[t.load.tensor]] for t in self._tiled if t.axis is not None
-            },
+            "plane_elements": self.plane_elements,
             "plane_row": self.plane_row,
             "plane_first": self.plane_first,
             "has_bands": self.has_bands,
             "staged": self.staged,
             "tidy": tidy,
-            "classified_keys": lambda plan: CLASSIFIED_KEYS,
+            "classified_keys": lambda _: CLASSIFIED_KEYS,
             "table_type": table_type,
             "specification": lambda plan: to_text(plan.spec).splitlines(),
-            "reads_k_in_place": lambda plan: not (self.machine.widened or (self.machine.pairs and plan.head_dim_qk % 2)),
+            "reads_k_in_place": self.reads_k_in_place,
         }
 
     # --- filters ----------------------------------------------------------------------------------------------------
@@ -148,6 +136,10 @@ class CppPrinter:
         """An end of a range of keys, in 32 bits: where it may not fit, brought back to the nearest key."""
         printed = self._print(expr)
         return f"within({printed.text}, N)" if printed.wide else printed.text
+
+    def reads_k_in_place(self, plan: ForwardPlan) -> bool:
+        """Whether products read the keys where the call has them; a row must be a whole number of words."""
+        return not (self.machine.widened or (self.machine.pairs and plan.head_dim_qk % 2))
 
     def scalar_type(self, scalar: ScalarArgument) -> str:
         """The C++ type of a run-time scalar of the specification."""
@@ -173,7 +165,9 @@ class CppPrinter:
         for binding in reversed(staged.bindings):
             if binding.name in needed:
                 needed |= self._variables_of(binding.value)
-                lines.append(f"const {self.type_of(binding)} {mangle(binding.name)} = {self._print(binding.value).text};")
+                lines.append(
+                    f"const {self.type_of(binding)} {mangle(binding.name)} = {self._print(binding.value).text};"
+                )
         return f"\n{' ' * indent}".join(reversed(lines))
 
     def _variables_of(self, expr: Expr) -> set[str]:
@@ -199,10 +193,15 @@ class CppPrinter:
             return "floats"
         return "longs" if printed.wide else "ints"
 
+    def plane_elements(self, plan: KernelPlan) -> set[str]:
+        """The C++ types of the elements of planes."""
+        del plan
+        return {ELEMENT_TYPES[self._dtypes[tiled.load.tensor]] for tiled in self._tiled if tiled.axis is not None}
+
     def plane_row(self, plane: TiledLoad) -> str:
         """The address of element 0, along the keys, of the row of lane `i` of a plane."""
         indices = [self._print(index) for index in plane.value.indices]
-        texts = [_at_lane(index) for index in indices]
+        texts = [index.at_lane() for index in indices]
         assert plane.axis is not None
         texts[plane.axis] = "0"
         return f"{mangle(plane.load.tensor)}.address({', '.join(texts)})"
@@ -214,11 +213,7 @@ class CppPrinter:
 
     def has_bands(self, plan: KernelPlan) -> bool:
         """Whether a load of the kernel is a band."""
-        return any(
-            isinstance(node, Load) and ".band(" in self._print_load(node).text
-            for expr in _expressions(plan, self._row_levels)
-            for node in walk(expr)
-        )
+        return any(".band(" in self._print_load(load).text for load in self._all_loads(plan))
 
     def tensor_type(self, tensor: TensorArgument) -> str:
         """The C++ type of a captured tensor."""
@@ -229,7 +224,7 @@ class CppPrinter:
         """The functions of the operator table that the kernel calls, those that others use first."""
         names = {
             match[1]
-            for expr in _expressions(plan, self._row_levels)
+            for expr in expressions_of(plan, self._row_levels)
             for node in walk(expr)
             if isinstance(node, Apply) and node.op not in _LOGICAL and node.op != "not"
             if (match := _CALL.fullmatch(OPERATORS[node.op].spelling("cpp", kind_of(node.args[-1]))))
@@ -238,19 +233,24 @@ class CppPrinter:
 
     def element_types(self, plan: KernelPlan) -> set[str]:
         """The C++ types of the elements that the kernel reads and writes."""
-        return {field.declaration.split("<")[1].split(",")[0].split(">")[0].removeprefix("const ")
-                for field in argument_fields(plan) if "<" in field.declaration}
+        return {
+            field.declaration.split("<")[1].split(",")[0].split(">")[0].removeprefix("const ")
+            for field in argument_fields(plan)
+            if "<" in field.declaration
+        }
 
     def loads_lanes(self, plan: KernelPlan) -> bool:
         """Whether captured tensors are read at an index that differs between queries."""
-        return any(
-            isinstance(node, Load) and self._print_load(node).lanes for expr in _expressions(plan, self._row_levels) for node in walk(expr)
-        )
+        return any(self._print_load(load).lanes for load in self._all_loads(plan))
+
+    def _all_loads(self, plan: KernelPlan) -> list[Load]:
+        exprs = expressions_of(plan, self._row_levels)
+        return [node for expr in exprs for node in walk(expr) if isinstance(node, Load)]
 
     # --- expressions ------------------------------------------------------------------------------------------------
 
     def _levels(self) -> list[tuple[tuple[Binding, ...], str]]:
-        return _levels(self.plan, self._row_levels)
+        return levels_of(self.plan, self._row_levels)
 
     def _define(self, binding: Binding, level: str) -> None:
         """Notes how a binding is read: at the level of keys as a member of `key`, at that of elements as an array."""
@@ -261,7 +261,7 @@ class CppPrinter:
         self._outer = False
         name = mangle(binding.name)
         text = {"key": f"key.{name}", "element": f"{name}[d]", "position_element": f"{name}[d]"}.get(level, name)
-        self._variables[binding.name] = replace(printed, text=text, level=_ATOM, f64=f64)
+        self._variables[binding.name] = replace(printed, text=text, level=ATOM, f64=f64)
         if binding.kind is not Kind.FLOAT:
             self._ranges[binding.name] = int_range(binding.value, self._dtypes, self._ranges)
 
@@ -297,7 +297,7 @@ class CppPrinter:
     def _constant(self, value: bool | int | float) -> Printed:
         if isinstance(value, bool):
             return Printed(str(value).lower(), Kind.BOOL)
-        level = _UNARY if value < 0 else _ATOM
+        level = UNARY if value < 0 else ATOM
         if isinstance(value, int):
             wide = not Range(value, value).within(INT32)
             if value == INT32.lo:
@@ -322,12 +322,13 @@ class CppPrinter:
 
     def _is_band(self, load: Load) -> bool:
         own_type = DType.F64 if self.machine.real == "double" else DType.F32
-        return self._definitions is not None and self._dtypes[load.tensor] is own_type and self._definitions.is_band(load)
+        return (
+            self._definitions is not None and self._dtypes[load.tensor] is own_type and self._definitions.is_band(load)
+        )
 
     def _summary(self, summary: Summary) -> Printed:
-        position = next(
-            i for i, s in enumerate(self.plan.blocks.summaries) if s == summary  # type: ignore[union-attr]
-        )
+        assert not isinstance(self.plan, RowsPlan)
+        position = self.plan.blocks.summaries.index(summary)
         where = "kv_lo, kv_hi" if summary.axis == "kv" else "q_lo - q_offset"
         text = f"summary_{position}.{'keys' if summary.axis == 'kv' else 'rows'}(b, h, {where})"
         kind = summary.load.kind
@@ -349,14 +350,15 @@ class CppPrinter:
         args = [self._as_wide(arg) if wide and not self._lanes_are_wide(arg.lanes) else arg for arg in args]
         spelling = OPERATORS[expr.op].spelling("cpp", args[-1].kind)
         if match := _PREFIX.fullmatch(spelling):
-            return Printed(f"{match[1]}{_within(args[0], _UNARY)}", kind, lanes, wide, _UNARY)
+            return Printed(f"{match[1]}{args[0].within(UNARY)}", kind, lanes, wide, level=UNARY)
         if match := _INFIX.fullmatch(spelling):
             return self._infix(match[1], args, kind, lanes, wide)
         if lanes and args[0].kind is Kind.BOOL and len(args) == 1:  # a conversion: true is 1 there, not -1
             args = [replace(args[0], text=f"ones({args[0].text})")]
         # A function takes its arguments alike, but for the condition of a choice, which may stay scalar.
         if lanes:
-            args = [arg if arg.kind is Kind.BOOL and i == 0 and len(args) == 3 else self._to_lanes(arg) for i, arg in enumerate(args)]
+            condition = args[:1] if len(args) == 3 and args[0].kind is Kind.BOOL else []
+            args = [*condition, *(self._to_lanes(arg) for arg in args[len(condition) :])]
         text = spelling.format(*(arg.text for arg in args))
         narrow_result = expr.op == "to_int"
         return Printed(text, kind, lanes, wide and kind is Kind.INT and not narrow_result)
@@ -369,29 +371,28 @@ class CppPrinter:
         return ints and not int_range(expr, self._dtypes, self._ranges).within(INT32)
 
     def _infix(self, operator: str, args: list[Printed], kind: Kind, lanes: bool, wide: bool) -> Printed:
-        level = _LEVELS.get(operator, _BITS)
+        level = LEVELS.get(operator, BITS)
         if lanes and args[0].kind is Kind.BOOL:
             args = [self._to_lanes(arg) for arg in args]
-        tight = level in (_COMPARISON, _BITS)
-        left = _within(args[0], _SUM if tight else level)
-        right = _within(args[1], _SUM if tight else level - 1)
-        if level is _BITS:
-            left, right = (_within(arg, _UNARY) for arg in args)
+        tight = level in (COMPARISON, BITS)
+        left = args[0].within(SUM if tight else level)
+        right = args[1].within(SUM if tight else level - 1)
+        if level is BITS:
+            left, right = (arg.within(UNARY) for arg in args)
         if kind is Kind.BOOL and lanes and wide and not self._lanes_are_wide(lanes):
             return Printed(f"narrow({left} {operator} {right})", kind, lanes)
-        return Printed(f"{left} {operator} {right}", kind, lanes, wide and kind is Kind.INT and not self._lanes_are_wide(lanes), level)
+        is_wide = wide and kind is Kind.INT and not self._lanes_are_wide(lanes)
+        return Printed(f"{left} {operator} {right}", kind, lanes, is_wide, level=level)
 
     def _logic(self, op: str, args: list[Printed], lanes: bool) -> Printed:
         if lanes:
             args = [self._to_lanes(arg) for arg in args]
         if op == "not":
-            return Printed(f"{'~' if lanes else '!'}{_within(args[0], _UNARY)}", Kind.BOOL, lanes, level=_UNARY)
+            return Printed(f"{'~' if lanes else '!'}{args[0].within(UNARY)}", Kind.BOOL, lanes, level=UNARY)
         operator = _LOGICAL[op][lanes]
-        parts = [
-            arg.text if arg.level == _LOGIC and f" {operator} " in arg.text and _only(operator, arg.text) else _within(arg, _UNARY if lanes else _COMPARISON)
-            for arg in args
-        ]
-        return Printed(f" {operator} ".join(parts), Kind.BOOL, lanes, level=_LOGIC)
+        tight = UNARY if lanes else COMPARISON
+        parts = [arg.text if arg.joint == operator else arg.within(tight) for arg in args]
+        return Printed(f" {operator} ".join(parts), Kind.BOOL, lanes, level=LOGIC, joint=operator)
 
     def _as_real(self, value: Printed) -> Printed:
         """A value of an outer level as the level at hand computes with it."""
@@ -413,83 +414,5 @@ class CppPrinter:
     def _to_lanes(self, value: Printed) -> Printed:
         if value.lanes:
             return value
-        text = value.text
-        if value.kind is Kind.FLOAT:
-            text = f"real({text})" if re.fullmatch(r"-?[0-9.e+-]+f?", text) and self.machine.real == "float" and not text.endswith("f") else text
-        return Printed(f"splat({text})", value.kind, True, value.wide and not self._lanes_are_wide(True))
-
-
-def _at_lane(value: Printed) -> str:
-    """An index of lane `i`."""
-    if not value.lanes:
-        return value.text
-    return f"({value.text})[i]" if value.level > _ATOM else f"{value.text}[i]"
-
-
-def tidy(text: str) -> str:
-    """Source text with at most one blank line at a time, none after an opening brace or before a closing one, and no
-    spaces at the ends of lines."""
-    text = re.sub(r"[ \t]+\n", "\n", text)
-    text = re.sub(r"\n{3,}", "\n\n", text)
-    text = re.sub(r"\{\n\n", "{\n", text)
-    return re.sub(r"\n\n( *\})(?!  //)", r"\n\1", text)
-
-
-def _within(value: Printed, level: int) -> str:
-    """The text of an operand, in parentheses where it binds less tightly than `level`."""
-    return f"({value.text})" if value.level > level else value.text
-
-
-def _only(operator: str, text: str) -> bool:
-    """Whether `text` joins its parts by `operator` alone, so that one more may follow without parentheses."""
-    depth, found = 0, set[str]()
-    for i, c in enumerate(text):
-        depth += (c in "([{") - (c in ")]}")
-        if depth == 0 and c in "&|" and text[i - 1] == " ":
-            found.add(text[i : text.index(" ", i)])
-    return found == {operator}
-
-
-def _levels(plan: KernelPlan, row_levels: RowLevels | None) -> list[tuple[tuple[Binding, ...], str]]:
-    """The bindings of a plan, outermost first, with the name of their level."""
-    match plan:
-        case ForwardPlan():
-            stages = [s for s in (plan.score, plan.mask, plan.weight) if s is not None]
-            pair = [(stage.bindings, "pair") for stage in stages]
-            return [(plan.call, "call"), (plan.head, "head"), (plan.row, "row"), (plan.key, "key"), *pair]
-        case RowsPlan():
-            assert row_levels is not None
-            return [
-                (plan.call, "call"),
-                (row_levels.elements, "element"),
-                (plan.position, "position"),
-                (row_levels.position_element, "position_element"),
-                (row_levels.row_values, "row"),
-                (row_levels.element.bindings, "staged"),
-            ]
-        case TilesPlan():
-            return [(plan.call, "call"), (plan.head, "head")]
-        case _:
-            assert_never(plan)
-
-
-def _expressions(plan: KernelPlan, row_levels: RowLevels | None) -> list[Expr]:
-    """Every expression that the kernel's template prints."""
-    exprs = [binding.value for bindings, _ in _levels(plan, row_levels) for binding in bindings]
-    match plan:
-        case ForwardPlan():
-            exprs += [s.value for s in (plan.score, plan.mask, plan.weight) if s is not None]
-            exprs += [plan.scale] if plan.sink is None else [plan.scale, plan.sink]
-        case RowsPlan():
-            exprs.append(row_levels.element.value if row_levels else plan.element.value)
-        case TilesPlan():
-            pass
-        case _:
-            assert_never(plan)
-    if isinstance(plan, ForwardPlan | TilesPlan):
-        exprs += [e for r in plan.blocks.ranges for e in (r.lo, r.hi, r.full_lo, r.full_hi)]
-        exprs += [plan.blocks.possible, plan.blocks.certain, *plan.blocks.summaries]
-    return exprs
-
-
-__all__ = ["CppPrinter", "Field", "Machine", "Printed"]
+        wide = value.wide and not self._lanes_are_wide(lanes=True)
+        return Printed(f"splat({value.text})", value.kind, lanes=True, wide=wide)

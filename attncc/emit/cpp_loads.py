@@ -56,7 +56,11 @@ def tiled_loads(plan: ForwardPlan, dtypes: Mapping[str, DType]) -> tuple[TiledLo
     for stage, masked in stages:
         for load in _loads(stage):
             value = definitions.outside_pair(load)
-            if load in found or not definitions.varies_with_both(value) or any(isinstance(n, Hole) for n in walk(value)):
+            if (
+                load in found
+                or not definitions.varies_with_both(value)
+                or any(isinstance(n, Hole) for n in walk(value))
+            ):
                 continue
             axis = definitions.key_axis(value) if dtypes[load.tensor] in _PLANE_TYPES else None
             found[load] = TiledLoad(f"{load.tensor}_tile_{len(found)}", load, value, share(value, taken), axis, masked)

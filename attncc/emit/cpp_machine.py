@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
-from attncc.ir.types import DType, Kind
 from attncc.ir.nodes import Summary
+from attncc.ir.types import DType, Kind
 from attncc.plan.nodes import CppTile, ForwardPlan, KernelPlan, RowsPlan, ScalarArgument, TensorArgument, TilesPlan
 from attncc.resources import folder
 
@@ -162,7 +162,9 @@ def argument_fields(plan: KernelPlan) -> tuple[Field, ...]:
             element = machine_of(plan).element
             length = "M" if plan.row == "q" else "N"
             return (
-                _operand("x", f"const {element}", f"({'B, H' if plan.row == 'q' else 'B, HKV'}, {length}, {plan.width})"),
+                _operand(
+                    "x", f"const {element}", f"({'B, H' if plan.row == 'q' else 'B, HKV'}, {length}, {plan.width})"
+                ),
                 Field(f"{element}* y;", f"(B, {plan.heads}, {length}, {plan.width}), contiguous", (("y", "Q"),)),
                 *_call_fields(plan),
             )
@@ -201,12 +203,14 @@ def _scalar(scalar: ScalarArgument) -> Field:
 
 def _tensor(tensor: TensorArgument) -> Field:
     axes = range(tensor.rank)
-    slots = (
+    slots: tuple[tuple[str, Format], ...] = (
         (tensor.name, "Q"),
         *((f"{tensor.name}_size_{axis}", "q") for axis in axes),
         *((f"{tensor.name}_stride_{axis}", "q") for axis in axes),
     )
-    return Field(f"Tensor<{ELEMENT_TYPES[tensor.dtype]}, {tensor.rank}> {mangle(tensor.name)};", "", slots, captured=True)
+    return Field(
+        f"Tensor<{ELEMENT_TYPES[tensor.dtype]}, {tensor.rank}> {mangle(tensor.name)};", "", slots, captured=True
+    )
 
 
 def table_type(summary: Summary) -> str:
@@ -225,7 +229,11 @@ def _table_slots(i: int) -> tuple[tuple[str, Format], ...]:
 
 def _list_fields(const: str) -> tuple[Field, ...]:
     return (
-        Field(f"{const}int64* list_offsets;", "where the tiles of each list begin, and the last end", (("list_offsets", "Q"),)),
+        Field(
+            f"{const}int64* list_offsets;",
+            "where the tiles of each list begin, and the last end",
+            (("list_offsets", "Q"),),
+        ),
         Field(f"{const}int* list_entries;", "tile * 2 + full, ascending", (("list_entries", "Q"),)),
         Field("int64 list_stride_b, list_stride_h;", "", (("list_stride_b", "q"), ("list_stride_h", "q"))),
     )
@@ -236,15 +244,19 @@ def _list_fields(const: str) -> tuple[Field, ...]:
 _KEYWORDS = frozenset(
     """
     alignas alignof and and_eq asm auto bitand bitor bool break case catch char class compl const constexpr const_cast
-    continue decltype default delete do double dynamic_cast else enum explicit export extern false float for friend goto
-    if inline int long mutable namespace new noexcept not not_eq nullptr operator or or_eq private protected public
-    register reinterpret_cast return short signed sizeof static static_assert static_cast struct switch template this
-    thread_local throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t while xor
-    xor_eq linux unix main
-    """.split()
+    continue decltype default delete do double dynamic_cast else enum explicit export extern false float for friend
+    goto if inline int long mutable namespace new noexcept not not_eq nullptr operator or or_eq private protected
+    public register reinterpret_cast return short signed sizeof static static_assert static_cast struct switch
+    template this thread_local throw true try typedef typeid typename union unsigned using virtual void volatile
+    wchar_t while xor xor_eq linux unix main
+    """.split()  # noqa: SIM905
 )
 # Names of `argument_fields`, and those that templates put together.
-_FIELDS = frozenset("q k v o x y lse B H HKV M N q_offset num_threads list_offsets list_entries list_stride_b list_stride_h".split())
+_FIELDS = frozenset(
+    """
+    q k v o x y lse B H HKV M N q_offset num_threads list_offsets list_entries list_stride_b list_stride_h
+    """.split()  # noqa: SIM905
+)
 _NUMBERED = re.compile(r"(summary|summarized|fill_summary|range)_\d+|of_spec_\w+")
 
 
@@ -258,7 +270,9 @@ def _template_names() -> frozenset[str]:
 
 def mangle(name: str) -> str:
     """A name of the specification as a C++ identifier that means nothing else in the generated code."""
-    return next(spelt for spelt in (name, f"{name}_", f"of_spec_{name}") if spelt.startswith("of_spec_") or not _taken(spelt))
+    return next(
+        spelt for spelt in (name, f"{name}_", f"of_spec_{name}") if spelt.startswith("of_spec_") or not _taken(spelt)
+    )
 
 
 def _taken(name: str) -> bool:

@@ -1,0 +1,51 @@
+"""What a plan holds, for the C++ printer: its bindings by level, and every expression that its template prints."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from attncc.emit.cpp_rows import RowLevels
+from attncc.ir.nodes import Expr
+from attncc.plan.nodes import Binding, ForwardPlan, KernelPlan, RowsPlan, TilesPlan
+
+
+def levels_of(plan: KernelPlan, row_levels: RowLevels | None) -> list[tuple[tuple[Binding, ...], str]]:
+    """The bindings of a plan, outermost first, with the name of their level."""
+    match plan:
+        case ForwardPlan():
+            stages = [s for s in (plan.score, plan.mask, plan.weight) if s is not None]
+            pair = [(stage.bindings, "pair") for stage in stages]
+            return [(plan.call, "call"), (plan.head, "head"), (plan.row, "row"), (plan.key, "key"), *pair]
+        case RowsPlan():
+            assert row_levels is not None
+            return [
+                (plan.call, "call"),
+                (row_levels.elements, "element"),
+                (plan.position, "position"),
+                (row_levels.position_element, "position_element"),
+                (row_levels.row_values, "row"),
+                (row_levels.element.bindings, "staged"),
+            ]
+        case TilesPlan():
+            return [(plan.call, "call"), (plan.head, "head")]
+        case _:
+            assert_never(plan)
+
+
+def expressions_of(plan: KernelPlan, row_levels: RowLevels | None) -> list[Expr]:
+    """Every expression that the kernel's template prints."""
+    exprs = [binding.value for bindings, _ in levels_of(plan, row_levels) for binding in bindings]
+    match plan:
+        case ForwardPlan():
+            exprs += [s.value for s in (plan.score, plan.mask, plan.weight) if s is not None]
+            exprs += [plan.scale] if plan.sink is None else [plan.scale, plan.sink]
+        case RowsPlan():
+            exprs.append(row_levels.element.value if row_levels else plan.element.value)
+        case TilesPlan():
+            pass
+        case _:
+            assert_never(plan)
+    if isinstance(plan, ForwardPlan | TilesPlan):
+        exprs += [e for r in plan.blocks.ranges for e in (r.lo, r.hi, r.full_lo, r.full_hi)]
+        exprs += [plan.blocks.possible, plan.blocks.certain, *plan.blocks.summaries]
+    return exprs
