@@ -68,8 +68,7 @@ def chosen(loaded: Loaded, arguments: argparse.Namespace) -> tuple[CompiledAtten
     dtype = DType(arguments.dtype)
     tensors = tuple((p.name, element_type(p, TORCH_DTYPES[dtype])) for p in loaded.attention.tensors)
     head_dim_qk, head_dim_v = arguments.head_dim
-    folders = tuple(Path(folder) for folder in arguments.templates)
-    return attn, Specialization(dtype, head_dim_qk, head_dim_v, tensors), parse_target(arguments.target, folders)
+    return attn, Specialization(dtype, head_dim_qk, head_dim_v, tensors), parse_target(arguments.target, attn.templates)
 
 
 def build(arguments: argparse.Namespace) -> int:

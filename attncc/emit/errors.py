@@ -59,3 +59,35 @@ class BrokenTemplate(Diagnostic):
     kernel: str
     template: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BadEntryPoint(Diagnostic):
+    code = "A0545"
+    title = "the templates of the installed entry point {entry} cannot be used: {reason}"
+    help = "mend or remove the package that declares it"
+    explanation = (
+        "An installed package adds templates by an entry point of group `attncc.templates`, whose object is the path "
+        "of a folder. Leaving out one that is broken would quietly compile something else than what was installed."
+    )
+    bad = 'my_kernels = "my_package:missing"'
+    good = 'my_kernels = "my_package:TEMPLATES"     # where TEMPLATES = Path(__file__).parent / "templates"'
+
+    entry: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenLauncher(Diagnostic):
+    code = "A0546"
+    title = "the module that launches {name} cannot be used: {reason}"
+    help = "mend the template run.py.jinja that it was rendered from"
+    explanation = (
+        "The template `run.py.jinja` renders a Python module with a function `run`, which allocates the output and "
+        "launches the kernels; templates/README.md says what it is called with."
+    )
+    bad = "a run.py.jinja that renders `def run(`"
+    good = "a run.py.jinja that renders a module with a function `run`"
+
+    name: str
+    reason: str

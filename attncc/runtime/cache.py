@@ -8,6 +8,7 @@ Temporary names begin with a dot; those that a killed process left behind are re
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import functools
 import hashlib
@@ -18,10 +19,11 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from stat import S_ISREG
 from types import CodeType, ModuleType
 from typing import Any, TypeVar
 
@@ -115,14 +117,20 @@ def key_of(*parts: object) -> str:
 def compiler_fingerprint() -> str:
     """Changes whenever a file of attncc, its grammar or its templates does."""
     package = Path(__file__).resolve().parent.parent
-    files = [
-        path
-        for root in (package, resource_folder("grammar"), resource_folder("templates"))
-        for path in sorted(root.rglob("*"))
-        if path.suffix in (".py", ".lark", ".attn", ".jinja")
-    ]
-    stats = [(path.name, (stat := path.stat()).st_mtime_ns, stat.st_size) for path in files]
-    return key_of(stats, sys.version)
+    roots = (package, resource_folder("grammar"), resource_folder("templates"))
+    return key_of(fingerprint(roots, (".py", ".lark", ".attn", ".jinja")), sys.version)
+
+
+def fingerprint(roots: Iterable[Path], suffixes: Container[str] | None = None) -> str:
+    """Changes whenever a file below `roots` does, or one of those with the suffixes."""
+    stats: list[tuple[str, int, int]] = []
+    for path in (path for root in roots for path in sorted(root.rglob("*"))):
+        if suffixes is None or path.suffix in suffixes:
+            with contextlib.suppress(OSError):  # a link to nowhere, or a file that has just been removed
+                stat = path.stat()
+                if S_ISREG(stat.st_mode):
+                    stats.append((str(path), stat.st_mtime_ns, stat.st_size))
+    return key_of(stats)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

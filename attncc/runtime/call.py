@@ -134,9 +134,7 @@ class CompiledAttention:
         """The plans of one specialization, their sources, and that of the module that launches them; from the cache
         folder where they have been made before."""
         target = target or self._default_target()
-        files = [
-            (str(path), path.stat().st_mtime_ns) for folder in self.templates for path in sorted(folder.rglob("*"))
-        ]
+        files = cache.fingerprint(self.templates)
         key = cache.key_of(
             "program", cache.compiler_fingerprint(), to_text(self.attention), specialization, target, files
         )

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from attncc.diagnostics import BuildError
+from attncc.emit.errors import BrokenLauncher
 from attncc.plan.nodes import GROUP_SIZE, Program
 from attncc.runtime.arguments import Bound, Sizes
 from attncc.runtime.cpp import compile_kernel as compile_cpp
@@ -40,13 +42,23 @@ class CppProgram:
     def __init__(self, program: Program, sources: Sequence[str], launcher: str, folder: Path) -> None:
         kernels = [compile_cpp(plan, source, folder) for plan, source in zip(program.kernels, sources, strict=True)]
         self._launch = tuple(kernel.launch_packed for kernel in kernels)
-        module: dict[str, Any] = {}
-        exec(compile(launcher, f"<{program.spec.name}_run>", "exec"), module)  # noqa: S102
-        self._run: Callable[..., Result] = module["run"]
+        self._run = _run_of(launcher, f"{program.spec.name}_run")
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound, return_lse: bool) -> Result:
         q, k, v = _contiguous(q), _contiguous(k), _contiguous(v)
         return self._run(self._launch, q, k, v, bound.inputs, bound.q_offset, return_lse)
+
+
+def _run_of(launcher: str, name: str) -> Callable[..., Result]:
+    """The function `run` of a generated module. Raises BuildError where it has none."""
+    module: dict[str, Any] = {}
+    try:
+        exec(compile(launcher, f"<{name}>", "exec"), module)  # noqa: S102
+    except Exception as error:
+        raise BuildError(BrokenLauncher(None, name, f"{type(error).__name__}: {error}")) from error
+    if not callable(module.get("run")):
+        raise BuildError(BrokenLauncher(None, name, "it has no function `run`"))
+    return module["run"]
 
 
 class TritonProgram:

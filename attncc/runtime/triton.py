@@ -263,9 +263,9 @@ class LoadedModule:
             else:
                 module = import_module(self.path, self.path.stem)
                 found = vars(module)
-        except ImportError as error:
-            raise BuildError(NoTriton(None, str(error))) from error
         except Exception as error:
+            if isinstance(error, ImportError) and (error.name or "").startswith("triton"):
+                raise BuildError(NoTriton(None, str(error))) from error
             raise BuildError(NotATritonModule(None, self.plan.name, repr(error), str(self.path))) from error
         for function in self.functions:
             check_parameters(function, found.get(function.name))
