@@ -23,21 +23,21 @@ INDEX_NAMES: dict[IndexName, str] = {
 
 # Names of the templates in `templates/triton`; a test reads them off generated kernels and compares.
 _KERNEL_NAMES = """
-    triton tl float BLOCK_M BLOCK_N BLOCK_R BLOCK_T FLOAT EXACT QK_TO_LOG2 LN2 LOG2_E LOWEST MASKED WRITE
-    q k v o lse x out B H HKV M N rows heads q_offset heads_per_section
-    pid tile_m tile_n tiles_m tiles_n section b h hkv bh head source_head
-    start_m start_n rows_m rows_n rows_r offs_r offs_m offs_n offs_d q_idx q_lo q_hi kv_lo kv_hi row_m row_n
-    qk score keep live p finite strange seen turn sign m_i l_i m_new alpha total count partial entry i
-    q_head k_head v_head o_head x_head x_rows o_rows sink
-    list_offsets list_tiles list_counts list_stride_b list_stride_h list_row table possible certain
-    inside begin end position value values valid least greatest
+    triton tl float BLOCK_M BLOCK_N BLOCK_R BLOCK_T FLOAT EXACT QK_TO_LOG2 LN2 LOWEST MASKED WRITE
+    q k v o lse x out B H HKV M N q_offset heads_per_section
+    pid section position heads tile_m tile_n tiles tiles_m b h hkv bh rows
+    start_m start_n row_m row_n rows_m rows_n rows_r offs_m offs_n offs_r q_idx q_lo q_hi kv_lo kv_hi inside
+    q_start k_head k_start v_head v_start o_start o_rows x_head x_rows
+    qk score keep p m_i l_i m_new alpha sink total lse_i finite strange seen turn sign
+    i begin end count entry partial list_offsets list_tiles list_counts list_stride_b list_stride_h list_row
+    table value values live full place
 """
 _NUMBERED = re.compile(
     r"attn_\w+"
     r"|summary_\d\w*"
     r"|\w+_(?:stride|size)_\d+"
     r"|stride_\w+"
-    r"|(?:q_tile|k_tile|v_tile|acc|offs_d|first|last|full_first|full_last|lo|hi|full_lo|full_hi)_?\d*"
+    r"|(?:q_tile|k_tile|v_tile|acc|offs_d|offs_e|first|last|full_first|full_last|lo|hi|full_lo|full_hi)_?\d*"
 )
 RESERVED = frozenset({*_KERNEL_NAMES.split(), *keyword.kwlist})
 

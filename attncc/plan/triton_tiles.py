@@ -79,9 +79,7 @@ _DOUBLE: tuple[tuple[_Shape, ...], ...] = (
 _LAST_RESORTS: tuple[_Shape, ...] = ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1))
 
 
-def choose_tile(
-    arch: str, dtype: DType, head_dim_qk: int, head_dim_v: int, *, reads_pairs: bool = False
-) -> TritonTile:
+def choose_tile(arch: str, dtype: DType, head_dim_qk: int, head_dim_v: int, *, reads_pairs: bool = False) -> TritonTile:
     """The tile for a target when nothing has been measured. Arguments as for `candidates`."""
     return candidates(arch, dtype, head_dim_qk, head_dim_v, reads_pairs=reads_pairs)[0]
 
