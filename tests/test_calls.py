@@ -165,6 +165,29 @@ def test_layouts_of_captured_tensors(target: str, layout: Callable[[Tensor], Ten
     assert torch.equal(attn(q, k, v, **{**inputs, "bias": bias}), attn(q, k, v, **{**inputs, "bias": plain}))
 
 
+def _far_apart(x: Tensor, strides: tuple[int, ...], file: Path) -> Tensor:
+    """The elements of a tensor at strides of gigabytes, in a file that takes no more room than they do."""
+    span = sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True)) + 1
+    memory = torch.from_file(str(file), shared=True, size=span, dtype=x.dtype)
+    file.unlink()
+    return memory.as_strided(x.shape, strides).copy_(x)
+
+
+@TARGETS
+@pytest.mark.parametrize("strides", [(1, 2**31 + 8, 64, 1), (1, 64, 2**27, 1), (1, 2**32, 2**26, 1)], ids=str)
+def test_elements_that_are_far_apart(target: str, strides: tuple[int, ...], tmp_path: Path) -> None:
+    """Offsets of more than 2**31 elements."""
+    x = operands(M=33, N=40)
+    expected = built("causal", target)(*x)
+    for number in range(3):
+        far = [_far_apart(y, strides, tmp_path / "memory") if i == number else y for i, y in enumerate(x)]
+        assert torch.equal(built("causal", target)(*far), expected)
+    bias = captured("biased", *x[:2])
+    expected = built("biased", target)(*x, **bias)
+    bias["bias"] = _far_apart(bias["bias"], strides[1:], tmp_path / "memory")
+    assert torch.equal(built("biased", target)(*x, **bias), expected)
+
+
 @TARGETS
 def test_one_tensor_may_be_all_operands(target: str) -> None:
     x = operands()[0]
@@ -226,7 +249,7 @@ def test_calls_from_several_threads_at_once(target: str, tmp_path: Path, monkeyp
                 for name in specs[number:] + specs[:number]:
                     q, k, v = problems[name]
                     found.setdefault((number, name), []).append(fresh[name](q, k, v, **captured(name, q, k)))
-        except BaseException as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 - every one of them fails the test
             failures.append(error)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
