@@ -235,7 +235,7 @@ def test_weights_without_softmax(kind: type[Sum | Elementwise], dtype: torch.dty
 
 @ARCHS
 @DTYPES
-@pytest.mark.parametrize("size", [1e2, 1e4])
+@pytest.mark.parametrize("size", [30.0, 1e4])
 def test_large_scores(size: float, dtype: torch.dtype, arch: str) -> None:
     q, k, v = operands(dtype, N=600)
     check(attention(scale=size / 16), q, k, v, arch=arch)
@@ -303,3 +303,15 @@ def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("element", FLOATS, ids=str)
+def test_tables_of_any_element_type(element: DType) -> None:
+    spec = attention(
+        mask=op("gt", load("level", B, KV), 0.0),
+        parameters=(TensorParameter("level", FLOATS, (Size("B"), Size("N"))),),
+    )
+    level = normal(1, 300, dtype=TORCH_DTYPES[element])
+    level[:, 40:200] = -1.0
+    level[:, 230] = math.nan
+    check(spec, *operands(N=300), level=level)
