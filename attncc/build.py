@@ -30,15 +30,15 @@ def build(
     *,
     name: str | None = None,
     target: str | None = None,
-    templates: Sequence[str | Path] = (),
+    templates: str | Path | Sequence[str | Path] = (),
     **constants: bool | int | float,
 ) -> CompiledAttention:
     """Compiles an attention variant.
 
     spec: the path of a file (it ends in `.attn`) or the text of a specification. name: which attention, where the file
     holds several. target: `cpp`, `cpp:avx2`, `triton`, `triton:interpret`, …; by default what suits the device of q at
-    each call. templates: folders searched for kernel templates before the project's own. constants: a value for each
-    `const` parameter that has no default, or another one.
+    each call. templates: a folder or several, searched for templates before the project's own. constants: a value
+    for each `const` parameter that has no default, or another one.
 
     Raises SpecError for a mistake in the specification, BuildError where no kernel can be made of it here.
     """

@@ -21,13 +21,13 @@ from torch import Tensor
 from attncc.diagnostics import AttnError, BuildError, render
 from attncc.eager import eager
 from attncc.error_rule import compare
-from attncc.errors import ReadsOutside
 from attncc.inputs import captured_tensors, operands
 from attncc.ir.nodes import Attention, Elementwise, Load, ScalarParameter
 from attncc.ir.rewrite import walk
 from attncc.ir.types import Kind
 from attncc.reference import OutOfRange, evaluate
 from attncc.runtime.arguments import Sizes
+from attncc.runtime.refusals import reads_outside
 
 DTYPES = {
     "f32": torch.float32,
@@ -233,12 +233,6 @@ def _is_due_to_inputs(error: OutOfRange, attention: Attention, case: Case) -> bo
     roots = (attention.q, attention.k, attention.v, attention.scale, attention.score, attention.mask)
     loads = [node for root in roots for node in walk(root) if isinstance(node, Load) and node.tensor == error.tensor]
     return any(isinstance(node, Load) for load in loads for index in load.indices for node in walk(index))
-
-
-def reads_outside(error: OutOfRange) -> ReadsOutside:
-    """The error as a user reads it."""
-    place = ", ".join(f"{name} = {value}" for name, value in error.at.items())
-    return ReadsOutside(error.span, error.tensor, error.axis, error.index, error.size, place)
 
 
 def snippet(failure: Failure, spec: str, name: str | None, constants: Mapping[str, bool | int | float]) -> str:

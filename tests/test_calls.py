@@ -174,7 +174,9 @@ def _far_apart(x: Tensor, strides: tuple[int, ...], file: Path) -> Tensor:
 
 
 @TARGETS
-@pytest.mark.parametrize("strides", [(1, 2**31 + 8, 64, 1), (1, 64, 2**27, 1), (1, 2**32, 2**26, 1)], ids=str)
+@pytest.mark.parametrize(
+    "strides", [(1, 2**31 + 8, 64, 1), (1, 64, 2**27, 1), pytest.param((1, 2**32, 2**26, 1), marks=SLOW)], ids=str
+)
 def test_elements_that_are_far_apart(target: str, strides: tuple[int, ...], tmp_path: Path) -> None:
     """Offsets of more than 2**31 elements."""
     x = operands(M=33, N=40)

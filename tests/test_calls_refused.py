@@ -371,3 +371,11 @@ def test_gradients_are_no_matter_where_none_are_recorded() -> None:
     for context in (torch.no_grad, torch.inference_mode):
         with context():
             assert not built("plain")(q, _K, _V).requires_grad
+
+
+def test_the_reference_says_what_is_read_outside_a_tensor() -> None:
+    with pytest.raises(CallError) as caught:
+        built("documents").reference(_Q, _K, _V, docs=_DOCS, q_offset=2)
+    assert [d.code for d in caught.value.diagnostics] == ["A0639"]
+    assert "`docs` is read outside its axis 1: index 5 of 5" in str(caught.value)
+    assert "docs[b, q_idx]" in str(caught.value)

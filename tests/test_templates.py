@@ -149,6 +149,13 @@ def test_links_and_other_files_are_no_matter(write: Write) -> None:
     assert_right(attncc.build(PLAIN, target="cpp", templates=[folder]))
 
 
+def test_one_folder_may_be_named_without_a_list(write: Write) -> None:
+    folder = write({"cpp/forward.cpp.jinja": simple_kernel()})
+    for named in (folder, str(folder), [folder], (str(folder),)):
+        attn = attncc.build(PLAIN, target="cpp", templates=named)
+        assert "one product at a time" in attn.source()["plain_forward"]
+
+
 # --- adding ----------------------------------------------------------------------------------------------------------
 
 TARGET = 'based_on = "cpp"\nflags = ["-DTUNED=7", "-fno-omit-frame-pointer"]\n'

@@ -26,9 +26,9 @@ BACKENDS = ("cpp", "triton")
 _SETTINGS = ("based_on", "flags")
 
 
-def template_folders(named: Sequence[str | Path]) -> tuple[Path, ...]:
+def template_folders(named: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
     """The folders to search before the project's own: those named, then those of installed packages."""
-    folders = tuple(Path(folder) for folder in named)
+    folders = tuple(Path(folder) for folder in ((named,) if isinstance(named, str | Path) else named))
     missing = [folder for folder in folders if not folder.is_dir()]
     if missing:
         raise BuildError(*(NoSuchTemplateFolder(None, str(folder)) for folder in missing))

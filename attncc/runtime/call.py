@@ -21,7 +21,7 @@ from attncc.runtime import cache
 from attncc.runtime.arguments import DTYPES, Bound, Mismatch, Signature, preferred_dtype
 from attncc.runtime.errors import NoGradient, NoLse
 from attncc.runtime.programs import CompiledProgram, compile_program
-from attncc.runtime.refusals import refuse
+from attncc.runtime.refusals import reads_outside, refuse
 from attncc.runtime.targets import parse, resolve
 
 # The plans, their sources, and that of the module that launches them.
@@ -104,7 +104,7 @@ class CompiledAttention:
     ) -> Any:
         """The same in float64, interpreted: the oracle. Arguments as for a call; memory is quadratic.
 
-        Raises `attncc.reference.OutOfRange` where a kept pair reads outside a captured tensor.
+        Raises CallError for arguments that do not fit, and where a kept pair reads outside a captured tensor.
         """
         try:
             bound = self._signature.bind(q, k, v, q_offset, inputs)
@@ -112,7 +112,10 @@ class CompiledAttention:
             raise refuse(self._signature, {"q": q, "k": k, "v": v}, q_offset, inputs) from None
         if return_lse and not self._has_lse:
             raise CallError(NoLse(None, self.attention.name))
-        o, lse = reference.evaluate(self.attention, q, k, v, bound.inputs, bound.q_offset)
+        try:
+            o, lse = reference.evaluate(self.attention, q, k, v, bound.inputs, bound.q_offset)
+        except reference.OutOfRange as error:
+            raise CallError(reads_outside(error)) from error
         return (o, lse) if return_lse else o
 
     def source(

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from attncc.diagnostics import CallError, Diagnostic
+from attncc.errors import ReadsOutside
 from attncc.ir.nodes import ScalarParameter, Size, TensorParameter
 from attncc.ir.types import Kind
+from attncc.reference import OutOfRange
 from attncc.runtime.arguments import (
     INT_RANGE,
     MAX_LENGTH,
@@ -75,6 +77,12 @@ def refuse(signature: Signature, operands: Mapping[str, Any], q_offset: Any, inp
     ]
     assert reasons, "arguments were refused without a reason"
     return CallError(*reasons)
+
+
+def reads_outside(error: OutOfRange) -> ReadsOutside:
+    """What the reference found at a kept pair, as a user reads it."""
+    place = ", ".join(f"{name} = {value}" for name, value in error.at.items())
+    return ReadsOutside(error.span, error.tensor, error.axis, error.index, error.size, place)
 
 
 def _kind_reasons(operands: Mapping[str, Any]) -> Iterator[Diagnostic]:
