@@ -18,24 +18,25 @@ MAX_PADDING = 5
 INDENT = "    "
 
 # How tightly each form binds, loosest first.
-_CONDITIONAL, _OR, _AND, _NOT, _COMPARE = range(5)
+# After `or` comes a level that is its right operand's alone: an `and` there gets brackets, one within an `and` does not.
+_CONDITIONAL, _OR, _AFTER_OR, _AND, _NOT, _COMPARE = range(6)
 _BINARY = {
     "or": _OR,
     "and": _AND,
-    "|": 5,
-    "^": 6,
-    "&": 7,
-    "<<": 8,
-    ">>": 8,
-    "+": 9,
-    "-": 9,
-    "*": 10,
-    "/": 10,
-    "//": 10,
-    "%": 10,
-    "@": 10,
+    "|": 6,
+    "^": 7,
+    "&": 8,
+    "<<": 9,
+    ">>": 9,
+    "+": 10,
+    "-": 10,
+    "*": 11,
+    "/": 11,
+    "//": 11,
+    "%": 11,
+    "@": 11,
 }
-_UNARY, _POWER, _POSTFIX, _ATOM = 11, 12, 13, 14
+_UNARY, _POWER, _POSTFIX, _ATOM = range(12, 16)
 
 
 def print_file(file: nodes.File) -> str:
@@ -269,7 +270,7 @@ def _within(value: nodes.Expression, least: int) -> str:
 
 def _misleading(value: nodes.Expression, least: int) -> bool:
     """Whether the grammar needs no brackets but a reader does: `a or b and c`."""
-    return isinstance(value, nodes.Binary) and value.operator == "and" and least in (_OR, _OR + 1)
+    return isinstance(value, nodes.Binary) and value.operator == "and" and least in (_OR, _AFTER_OR)
 
 
 def _binding(value: nodes.Expression) -> int:
