@@ -75,7 +75,7 @@ def test_a_row_whose_kept_scores_are_all_minus_infinity_is_zero(target: str) -> 
 
 
 @TARGETS
-@pytest.mark.parametrize("size", [1e4, 1e8])
+@pytest.mark.parametrize("size", [1e4, 1e8, 1e30])
 def test_large_scores(target: str, size: float) -> None:
     """As far from float64 as the plain formula in f32 is, or nearer."""
     q, k, v = operands(M=40, N=40)
