@@ -249,13 +249,13 @@ _KEYWORDS = frozenset(
     public register reinterpret_cast return short signed sizeof static static_assert static_cast struct switch
     template this thread_local throw true try typedef typeid typename union unsigned using virtual void volatile
     wchar_t while xor xor_eq linux unix main
-    """.split()  # noqa: SIM905
+    """.split()
 )
 # Names of `argument_fields`, and those that templates put together.
 _FIELDS = frozenset(
     """
     q k v o x y lse B H HKV M N q_offset num_threads list_offsets list_entries list_stride_b list_stride_h
-    """.split()  # noqa: SIM905
+    """.split()
 )
 _NUMBERED = re.compile(r"(summary|summarized|fill_summary|range)_\d+|of_spec_\w+")
 

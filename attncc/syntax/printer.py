@@ -18,7 +18,7 @@ MAX_PADDING = 5
 INDENT = "    "
 
 # How tightly each form binds, loosest first.
-# After `or` comes a level that is its right operand's alone: an `and` there gets brackets, one within an `and` does not.
+# After `or` comes a level of its right operand alone: an `and` there gets brackets, one within an `and` does not.
 _CONDITIONAL, _OR, _AFTER_OR, _AND, _NOT, _COMPARE = range(6)
 _BINARY = {
     "or": _OR,
