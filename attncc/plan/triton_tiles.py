@@ -94,9 +94,11 @@ def candidates(
     if arch == "interpret":
         return (INTERPRET,)
     width = max(head_dim_qk, head_dim_v) * (2 if reads_pairs else 1)
-    tiles = [TritonTile(*shape) for shape in (*_preferred(arch, dtype, width), *_LAST_RESORTS)]
-    fitting = tuple(dict.fromkeys(t for t in tiles if fits(t, arch, dtype, head_dim_qk, head_dim_v)))
-    return fitting or (tiles[-1],)
+    for shapes in (_preferred(arch, dtype, width), _LAST_RESORTS):
+        tiles = tuple(TritonTile(*shape) for shape in shapes)
+        if fitting := tuple(tile for tile in tiles if fits(tile, arch, dtype, head_dim_qk, head_dim_v)):
+            return fitting
+    return (TritonTile(*_LAST_RESORTS[-1]),)
 
 
 def _preferred(arch: str, dtype: DType, width: int) -> tuple[_Shape, ...]:
