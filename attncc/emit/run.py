@@ -10,7 +10,7 @@ from pathlib import Path
 
 from attncc.emit.cpp_machine import CLASSIFIED_KEYS, argument_fields
 from attncc.emit.render import fill
-from attncc.emit.triton import block_rows
+from attncc.emit.triton_facts import block_rows
 from attncc.ir.nodes import Summary
 from attncc.ir.types import Kind
 from attncc.passes.variance import variance

@@ -198,7 +198,7 @@ TritonKernel: TypeAlias = ForwardKernel | RowsKernel | TilesKernel
 
 def compile_kernel(plan: KernelPlan, source: str, folder: Path) -> TritonKernel:
     """The kernel of `plan`, whose rendered source is stored in `folder` and imported from there."""
-    from attncc.emit.triton import block_rows
+    from attncc.emit.triton_facts import block_rows
 
     module = LoadedModule(plan, source, folder)
     match plan:
