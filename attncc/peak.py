@@ -85,14 +85,20 @@ extern "C" double run_bf16(long rounds) {
 _SECONDS = 0.08
 _TRIES = 5
 
+_BEST: dict[tuple[str, int], float] = {}
+
 
 def peak(dtype: torch.dtype, compiler: str) -> float:
     """Floating-point operations per second of all torch threads together, in the arithmetic that `dtype` computes in:
     pairs of bf16 where the machine has them, f32 for f16 and otherwise, f64 for f64."""
     library = _library(compiler)
-    if dtype == torch.bfloat16 and library.run_bf16(-1) > 0:
-        return _rate(library.run_bf16)
-    return _rate(library.run_f64 if dtype == torch.float64 else library.run_f32)
+    name = {torch.bfloat16: "run_bf16", torch.float64: "run_f64"}.get(dtype, "run_f32")
+    if getattr(library, name)(-1) == 0:
+        name = "run_f32"
+    # Other work on the machine can only make it look slower: the best of all times counts.
+    key = name, torch.get_num_threads()
+    _BEST[key] = max(_BEST.get(key, 0.0), _rate(getattr(library, name)))
+    return _BEST[key]
 
 
 def _rate(run: ctypes._NamedFuncPointer) -> float:
