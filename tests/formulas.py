@@ -248,6 +248,15 @@ def tree(q: Tensor, k: Tensor, v: Tensor, i: Tensor, j: Tensor, ancestor: Tensor
     return softmax(products(q, k), v, torch.cat([context, ancestor], -1)[:, None])
 
 
+def ragged_decode(q: Tensor, k: Tensor, v: Tensor, i: Tensor, j: Tensor, lengths: Tensor) -> Result:
+    """Causal attention of each sequence by itself, its cache cut to its length."""
+    o, lse = v.new_zeros(*q.shape[:3], v.shape[3]), q.new_zeros(q.shape[:3])
+    for b, length in enumerate(lengths.tolist()):
+        last = torch.arange(length - q.shape[2], length)[:, None]
+        o[b], lse[b] = causal(q[b], k[b, :, :length], v[b, :, :length], last, j[:, :length])
+    return o, lse
+
+
 def streaming_llm(q: Tensor, k: Tensor, v: Tensor, i: Tensor, j: Tensor, sinks: int, window: int) -> Result:
     return softmax(products(q, k), v, (j <= i) & ((j < sinks) | (j > i - window)))
 
@@ -435,6 +444,9 @@ VARIANTS: dict[str, Variant] = {
     "natten_2d": Variant(natten_2d, _fixed(width=12, size=5), _image),
     "block_diffusion": Variant(block_diffusion, _fixed(block=8), _two_halves),
     "tree": Variant(tree, _ancestors, _queries_within_keys),
+    "ragged_decode": Variant(
+        ragged_decode, lambda s, g: {"lengths": torch.randint(0, s.N + 1, (s.B,), generator=g, dtype=torch.int32)}
+    ),
     "streaming_llm": Variant(streaming_llm, _fixed(sinks=4, window=29)),
     "attention_sink": Variant(attention_sink, lambda s, g: {"sinks": _normal(s.H, g=g), "window": 33}),
     "softmax_off_by_one": Variant(softmax_off_by_one),
