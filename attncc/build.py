@@ -14,20 +14,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attncc.check import check_source
-from attncc.diagnostics import SpecError
-from attncc.emit.families import template_folders
-from attncc.errors import CannotReadSpec
+from attncc.diagnostics import CallError, SpecError
+from attncc.emit.families import BACKENDS, template_folders
+from attncc.errors import CannotReadSpec, PassedByPosition
 from attncc.ir.nodes import Attention
 from attncc.plan.nodes import Specialization, Target
 from attncc.runtime import cache
 from attncc.runtime.call import CompiledAttention, Sources
+from attncc.runtime.targets import known_target
 from attncc.source import Source
-from attncc.syntax import use_cache_folder
+from attncc.syntax import parse, use_cache_folder
 
 
 def build(
     spec: str | Path,
-    *,
+    *extra: object,
     name: str | None = None,
     target: str | None = None,
     templates: str | Path | Sequence[str | Path] = (),
@@ -43,8 +44,24 @@ def build(
     Raises SpecError for a mistake in the specification, BuildError where no kernel can be made of it here.
     """
     source = read(spec)
+    if extra:
+        raise CallError(PassedByPosition(None, "attncc.build", "the specification", _keyword_for(extra[0], source)))
     attention = check(source, name=name, **constants)
-    return CompiledAttention(attention, source.text, target, template_folders(templates), sources_of)
+    folders = template_folders(templates)
+    if target is not None:
+        known_target(target, folders)
+    return CompiledAttention(attention, source.text, target, folders, sources_of)
+
+
+def _keyword_for(value: object, source: Source) -> str:
+    """What to write in place of an argument that was passed to `build` without its name."""
+    if isinstance(value, str):
+        keyword = "target" if value.partition(":")[0] in BACKENDS else "name"
+        return f"write attncc.build(spec, {keyword}={value!r})"
+    constants = [p.name for attention in parse(source).attentions for p in attention.parameters if p.const]
+    if constants and isinstance(value, int | float):
+        return f"write attncc.build(spec, {constants[0]}={value!r})"
+    return "its keywords are name, target, templates and the `const` parameters; all others are given at each call"
 
 
 def check(spec: str | Path | Source, *, name: str | None = None, **constants: bool | int | float) -> Attention:

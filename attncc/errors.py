@@ -21,6 +21,23 @@ class CannotReadSpec(Diagnostic):
 
 
 @dataclass(frozen=True, slots=True)
+class PassedByPosition(Diagnostic):
+    code = "A0616"
+    title = "`{function}` takes {operands} by position, and all else by keyword"
+    help = "{advice}"
+    explanation = (
+        "A call takes q, k and v by position, `attncc.build` the specification. Inputs, constants and options have "
+        "names, which stand at the call: the order of their declaration means nothing."
+    )
+    bad = "attn(q, k, v, 128)"
+    good = "attn(q, k, v, window=128)"
+
+    function: str
+    operands: str
+    advice: str
+
+
+@dataclass(frozen=True, slots=True)
 class CannotRead(Diagnostic):
     code = "A0631"
     title = "cannot read {path}: {reason}"

@@ -14,7 +14,7 @@ import torch
 from call_support import F64, INTERPRETED, built, operands
 from torch import Tensor
 
-from attncc import AttnError, BuildError, CallError
+from attncc import AttnError, BuildError, CallError, build
 from attncc.diagnostics import Diagnostic
 from attncc.runtime import errors
 
@@ -183,6 +183,9 @@ REFUSALS = {
     "key too large": refusal("chosen", "A0609", key=2**64, words=("an int that fits int64",)),
     "offset of a float": refusal("plain", "A0609", q_offset=1.5, words=("`q_offset` must be an int, found float 1.5",)),
     "offset of a bool": refusal("plain", "A0609", q_offset=True, words=("`q_offset` must be an int, found bool",)),
+    "offset of each sequence": refusal(
+        "plain", "A0609", q_offset=torch.tensor([1, 2]), words=("a tensor of shape (2,)", "`lengths[b] - M + q_row`")
+    ),
     "offset too large": refusal(
         "plain", "A0609", q_offset=2**30, words=("an int from -1073741824 to 1073741819, found int 1073741824",)
     ),
@@ -254,6 +257,56 @@ def test_every_reason_to_refuse_a_call_is_tested() -> None:
     kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, Diagnostic)]
     codes = {kind.code for kind in kinds if kind.code.startswith("A06")}
     assert codes == {code for case in REFUSALS.values() for code in case.codes}
+
+
+@pytest.mark.parametrize(
+    ("spec", "extra", "named", "words"),
+    [
+        ("window", (128,), {}, "write attn(q, k, v, window=128)"),
+        ("biased", (_BIAS, _DOCS, 2.0), {}, "write attn(q, k, v, bias=bias, docs=docs, rate=2.0)"),
+        ("biased", (_DOCS,), {"bias": _BIAS}, "write attn(q, k, v, docs=docs)"),
+        ("window", (128, 0), {}, "its inputs are `window`"),
+        ("plain", (None,), {}, "it takes q, k and v alone"),
+    ],
+)
+def test_inputs_without_their_names(spec: str, extra: tuple[Any, ...], named: dict[str, Any], words: str) -> None:
+    for function in (built(spec), built(spec).reference):
+        with pytest.raises(CallError) as caught:
+            function(_Q, _K, _V, *extra, **named)
+        assert [d.code for d in caught.value.diagnostics] == ["A0616"]
+        assert "takes q, k and v by position, and all else by keyword" in str(caught.value)
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (16, "write attncc.build(spec, block=16)"),
+        ("cpp:avx2", "write attncc.build(spec, target='cpp:avx2')"),
+        ("blocks", "write attncc.build(spec, name='blocks')"),
+        (None, "name, target, templates and the `const` parameters"),
+    ],
+)
+def test_options_of_a_build_without_their_names(value: object, words: str) -> None:
+    spec = "attention blocks(block: const int):\n    mask = q_idx // block == kv_idx // block\n"
+    with pytest.raises(CallError) as caught:
+        build(spec, value)
+    assert [d.code for d in caught.value.diagnostics] == ["A0616"]
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(("target", "code"), [("cuda", "A0543"), ("cpp:avx3", "A0552"), ("triton:sm_1", "A0552")])
+def test_a_target_that_is_not_known_is_refused_by_the_build(target: str, code: str) -> None:
+    with pytest.raises(BuildError) as caught:
+        build("attention plain():\n    mask = true\n", target=target)
+    assert [d.code for d in caught.value.diagnostics] == [code]
+
+
+def test_the_text_of_a_compiled_attention_says_how_to_call_it() -> None:
+    assert repr(built("plain")) == "<CompiledAttention plain(q, k, v) for the device of q>"
+    assert repr(built("biased", "cpp")) == (
+        "<CompiledAttention biased(q, k, v, *, bias, docs, rate=1.0, flag=True) for cpp>"
+    )
 
 
 # The reference may be differentiated.

@@ -374,8 +374,7 @@ def test_a_folder_that_is_not_there(write: Write, tmp_path: Path) -> None:
 )
 def test_a_target_file_that_is_wrong(write: Write, text: str, reasons: list[str]) -> None:
     folder = write({"tuned/target.toml": text})
-    attn = attncc.build(PLAIN, target="tuned", templates=[folder])
-    error = build_error(lambda: attn(*operands()), *["A0542"] * len(reasons))
+    error = build_error(lambda: attncc.build(PLAIN, target="tuned", templates=[folder]), *["A0542"] * len(reasons))
     assert f"{folder / 'tuned' / 'target.toml'} does not describe a target" in error
     for reason in reasons:
         assert reason in error
@@ -384,7 +383,7 @@ def test_a_target_file_that_is_wrong(write: Write, text: str, reasons: list[str]
 @pytest.mark.parametrize("target", ["tund", "tund:avx2", "", ":avx2"])
 def test_a_target_that_is_not_there(write: Write, target: str) -> None:
     folder = write({"tuned/target.toml": TARGET})
-    error = build_error(lambda: attncc.build(PLAIN, target=target, templates=[folder])(*operands()), "A0543")
+    error = build_error(lambda: attncc.build(PLAIN, target=target, templates=[folder]), "A0543")
     assert "the targets at hand are cpp, triton, tuned" in error
 
 

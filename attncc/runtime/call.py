@@ -21,7 +21,7 @@ from attncc.runtime import cache
 from attncc.runtime.arguments import DTYPES, Bound, Mismatch, Signature, preferred_dtype
 from attncc.runtime.errors import NoGradient, NoLse
 from attncc.runtime.programs import CompiledProgram, compile_program
-from attncc.runtime.refusals import reads_outside, refuse
+from attncc.runtime.refusals import by_position, reads_outside, refuse
 from attncc.runtime.targets import parse, resolve
 
 # The plans, their sources, and that of the module that launches them.
@@ -56,13 +56,20 @@ class CompiledAttention:
         self._lock = threading.Lock()
         self._built: dict[tuple[Specialization, Target], Sources] = {}
 
+    def __repr__(self) -> str:
+        defaults = self._signature.defaults
+        inputs = [f"{p.name}={defaults[p.name]}" if p.name in defaults else p.name for p in self.attention.parameters]
+        arguments = ", ".join(["q, k, v", *(["*", *inputs] if inputs else [])])
+        target = "the device of q" if self._target is None else self._target
+        return f"<CompiledAttention {self.attention.name}({arguments}) for {target}>"
+
     def __call__(
         self,
         /,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        *,
+        *extra: Any,
         q_offset: int | None = None,
         return_lse: bool = False,
         **inputs: Any,
@@ -75,6 +82,8 @@ class CompiledAttention:
 
         Raises CallError for arguments that do not fit, BuildError where no kernel can be made of it here.
         """
+        if extra:
+            raise by_position(self._signature, extra, inputs)
         try:
             bound = self._signature.bind(q, k, v, q_offset, inputs)
         except Mismatch:
@@ -97,7 +106,7 @@ class CompiledAttention:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        *,
+        *extra: Any,
         q_offset: int | None = None,
         return_lse: bool = False,
         **inputs: Any,
@@ -106,6 +115,8 @@ class CompiledAttention:
 
         Raises CallError for arguments that do not fit, and where a kept pair reads outside a captured tensor.
         """
+        if extra:
+            raise by_position(self._signature, extra, inputs)
         try:
             bound = self._signature.bind(q, k, v, q_offset, inputs)
         except Mismatch:

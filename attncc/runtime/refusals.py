@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attncc.diagnostics import CallError, Diagnostic
-from attncc.errors import ReadsOutside
+from attncc.errors import PassedByPosition, ReadsOutside
 from attncc.ir.nodes import ScalarParameter, Size, TensorParameter
 from attncc.ir.types import Kind
 from attncc.reference import OutOfRange
@@ -79,6 +79,20 @@ def refuse(signature: Signature, operands: Mapping[str, Any], q_offset: Any, inp
     return CallError(*reasons)
 
 
+def by_position(signature: Signature, extra: Sequence[Any], inputs: Mapping[str, Any]) -> CallError:
+    """The error for arguments after q, k and v that were passed without their names."""
+    parameters = [p for p in signature.attention.parameters if p.name not in inputs]
+    # The value itself where it is short to write, or else a variable of that name.
+    passed = {
+        p.name: repr(value) if type(value) in (bool, int, float) else p.name
+        for p, value in zip(parameters, extra, strict=False)
+    }
+    advice = f"write attn(q, k, v, {', '.join(f'{name}={value}' for name, value in passed.items())})"
+    if len(extra) > len(parameters):
+        advice = _inputs_of(signature)
+    return CallError(PassedByPosition(None, signature.attention.name, "q, k and v", advice))
+
+
 def reads_outside(error: OutOfRange) -> ReadsOutside:
     """What the reference found at a kept pair, as a user reads it."""
     place = ", ".join(f"{name} = {value}" for name, value in error.at.items())
@@ -135,6 +149,11 @@ def _q_offset_reasons(q_offset: Any, q: Tensor | None) -> Iterator[Diagnostic]:
     if number is None or (type(number) is int and -MAX_LENGTH <= number <= limit):
         return
     advice = "pass the position of query row 0; every position must lie within 2**30"
+    if isinstance(q_offset, Tensor) and q_offset.dim():
+        advice = (
+            "it is one number for all sequences; where each has a length of its own, declare `lengths: int[B]` and "
+            "write `lengths[b] - M + q_row` for `q_idx`"
+        )
     expected = f"an int from {-MAX_LENGTH} to {limit}" if type(number) is int else "an int"
     yield WrongScalar(None, "q_offset", expected, _describe(q_offset), advice)
 
@@ -143,7 +162,9 @@ def _keyword_reasons(signature: Signature, inputs: Mapping[str, Any]) -> Iterato
     declared = {p.name: p for p in signature.attention.parameters}
     for name in inputs:
         if name not in declared:
-            yield UnknownInput(None, signature.attention.name, name, _similar(name, list(declared)))
+            close = difflib.get_close_matches(name, declared, n=1)
+            advice = f"did you mean `{close[0]}`?" if close else _inputs_of(signature)
+            yield UnknownInput(None, signature.attention.name, name, advice)
     for name, parameter in declared.items():
         if name not in inputs:
             match parameter:
@@ -155,11 +176,9 @@ def _keyword_reasons(signature: Signature, inputs: Mapping[str, Any]) -> Iterato
                     yield MissingInput(parameter.span, name, f"a tensor of shape {_declared_shape(parameter)}", name)
 
 
-def _similar(name: str, declared: list[str]) -> str:
-    close = difflib.get_close_matches(name, declared, n=1)
-    if close:
-        return f"did you mean `{close[0]}`?"
-    return f"its inputs are {', '.join(f'`{n}`' for n in declared)}" if declared else "it takes q, k and v alone"
+def _inputs_of(signature: Signature) -> str:
+    names = [f"`{p.name}`" for p in signature.attention.parameters]
+    return f"its inputs are {', '.join(names)}" if names else "it takes q, k and v alone"
 
 
 def _scalar_reasons(signature: Signature, inputs: Mapping[str, Any]) -> Iterator[Diagnostic]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,14 +44,21 @@ def resolve(named: str | None, device: torch.device, folders: Sequence[Path]) ->
 
 def parse(named: str, folders: Sequence[Path] = (), device: torch.device | None = None) -> Target:
     """The target of a name, with the machine at hand where it names none."""
+    target = known_target(named, folders)
+    if target.arch:
+        return target
+    return replace(target, arch=native_arch() if target.backend == "cpp" else _gpu_arch(device))
+
+
+def known_target(named: str, folders: Sequence[Path] = ()) -> Target:
+    """The target of a name as it stands, whose machine is empty where it names none. Raises BuildError if there is no
+    such family or machine."""
     family, _, arch = named.partition(":")
     target = target_of(family, arch, folders)
     known = ARCHS if target.backend == "cpp" else (*MACHINES, INTERPRET)
-    if not arch:
-        arch = native_arch() if target.backend == "cpp" else _gpu_arch(device)
-    if arch not in known:
+    if arch and arch not in known:
         raise BuildError(UnknownArch(None, family, arch, ", ".join(known)))
-    return target_of(family, arch, folders)
+    return target
 
 
 def _gpu_arch(device: torch.device | None) -> str:
