@@ -139,7 +139,7 @@ def argument_fields(plan: KernelPlan) -> tuple[Field, ...]:
     contiguous); sizes; `NAME` of each scalar; for each captured tensor `NAME` and per axis i `NAME_size_i`,
     `NAME_stride_i`; for summary i `summary_i` and its strides (0 where the table has one entry for all); for lists
     `list_offsets` (int64, one more than there are lists), `list_entries` (int32), `list_stride_b`, `list_stride_h` (in
-    lists).
+    lists), and `list_counted` where they are filled.
     """
     match plan:
         case ForwardPlan():
@@ -176,6 +176,7 @@ def argument_fields(plan: KernelPlan) -> tuple[Field, ...]:
                     for i, s in enumerate(plan.blocks.summaries)
                 ),
                 *(_list_fields("") if plan.blocks.strategy == "list" else ()),
+                *((_LIST_COUNTED,) if plan.blocks.strategy == "list" else ()),
             )
         case _:
             assert_never(plan)
@@ -227,6 +228,9 @@ def _table_slots(i: int) -> tuple[tuple[str, Format], ...]:
     return ((f"summary_{i}", "Q"), (f"summary_{i}_stride_b", "q"), (f"summary_{i}_stride_h", "q"))
 
 
+_LIST_COUNTED = Field("int64 list_counted;", "whether only the entries are missing", (("list_counted", "q"),))
+
+
 def _list_fields(const: str) -> tuple[Field, ...]:
     return (
         Field(
@@ -255,6 +259,7 @@ _KEYWORDS = frozenset(
 _FIELDS = frozenset(
     """
     q k v o x y lse B H HKV M N q_offset num_threads list_offsets list_entries list_stride_b list_stride_h
+    list_counted
     """.split()
 )
 _NUMBERED = re.compile(r"(summary|summarized|fill_summary|range)_\d+|of_spec_\w+")

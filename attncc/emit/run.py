@@ -11,10 +11,10 @@ from pathlib import Path
 from attncc.emit.cpp_machine import CLASSIFIED_KEYS, argument_fields
 from attncc.emit.render import fill
 from attncc.emit.triton_facts import block_rows
+from attncc.ir.blocks import BlockStructure
 from attncc.ir.nodes import Summary
-from attncc.ir.types import Kind
 from attncc.passes.variance import variance
-from attncc.plan.nodes import GROUP_SIZE, KernelPlan, Program, RowsPlan
+from attncc.plan.nodes import GROUP_SIZE, KernelPlan, Program, RowsPlan, TilesPlan
 
 
 def render_run(program: Program, templates: Sequence[Path] = ()) -> str:
@@ -29,9 +29,10 @@ def _filters(program: Program) -> Mapping[str, Callable[..., object]]:
         "first_line": first_line,
         "captured_arguments": triton_captured,
         "block_rows": block_rows,
-        "table_tiles": table_tiles,
-        "list_batch_and_heads": lambda blocks: ("B" if blocks.per_batch else "1", "H" if blocks.per_head else "1"),
-        "table_dtype": lambda summary: "float64" if summary.load.kind is Kind.FLOAT else "int64",
+        "tables": tables,
+        "classified_keys": lambda _: CLASSIFIED_KEYS,
+        "lists": lambda blocks: _product(*_list_heads(blocks), "tiles_q"),
+        "list_batch_and_heads": _list_heads,
         "table_heads": lambda summary: _batch_and_head(variance(summary.load)),
     }
 
@@ -65,11 +66,11 @@ def _sizes(program: Program, plan: KernelPlan) -> dict[str, str]:
     heads_kv = "HKV" if isinstance(plan, RowsPlan) else program.operand_heads
     expressions = {"B": f"B, H, {heads_kv}, M, N, q_offset", "num_threads": "num_threads"}
     if not isinstance(plan, RowsPlan):
-        for number in range(len(plan.blocks.summaries)):
-            expressions[f"summary_{number}"] = f"*table(summary_{number})"
-        expressions["list_offsets"] = "list_offsets.data_ptr()"
-        expressions["list_entries"] = "0 if list_entries is None else list_entries.data_ptr()"
-        expressions["list_stride_b"] = "list_stride_b, list_stride_h"
+        for number, summary in enumerate(plan.blocks.summaries):
+            batches, heads = _batch_and_head(variance(summary.load))
+            expressions[f"summary_{number}"] = f"summary_{number}, {_strides(batches, heads, _entries(summary))}"
+        expressions |= {name: name for name in ("list_offsets", "list_entries", "list_counted")}
+        expressions["list_stride_b"] = _strides(*_list_heads(plan.blocks), "tiles_q")
     return expressions
 
 
@@ -85,11 +86,33 @@ def first_line(text: str) -> str:
     return text.strip().split("\n", 1)[0]
 
 
-def table_tiles(summary: Summary, program: Program) -> str:
-    """How many entries a table has per head, as Python."""
-    block_m = program.forward.tile.block_m
-    return f"-(-N // {CLASSIFIED_KEYS})" if summary.axis == "kv" else f"-(-M // {block_m})"
+def tables(plan: TilesPlan) -> list[tuple[str, str]]:
+    """What a kernel fills for C++, in the order in memory: the name of a pointer, and how many entries, as Python."""
+    summaries = plan.blocks.summaries
+    sizes = [_product(*_batch_and_head(variance(summary.load)), _entries(summary)) for summary in summaries]
+    result = [(f"summary_{number}", size) for number, size in enumerate(sizes)]
+    if plan.blocks.strategy == "list":
+        result += [("list_offsets", "lists + 1"), ("list_entries", "at_once * most_entries")]
+    return result
+
+
+def _entries(summary: Summary) -> str:
+    """How many entries a table has per head."""
+    return "parts_kv" if summary.axis == "kv" else "tiles_q"
 
 
 def _batch_and_head(varies: frozenset[str]) -> tuple[str, str]:
     return ("B" if "b" in varies else "1", "H" if "h" in varies else "1")
+
+
+def _list_heads(blocks: BlockStructure) -> tuple[str, str]:
+    return ("B" if blocks.per_batch else "1", "H" if blocks.per_head else "1")
+
+
+def _strides(batches: str, heads: str, entries: str) -> str:
+    """The strides of batch and head of an array (batches, heads, entries); 0 along an axis where one serves all."""
+    return f"{'0' if batches == '1' else _product(heads, entries)}, {'0' if heads == '1' else entries}"
+
+
+def _product(*factors: str) -> str:
+    return " * ".join(factor for factor in factors if factor != "1")
