@@ -115,6 +115,9 @@ def _summary(plan: KernelPlan) -> str:
             return f"fills {len(plan.blocks.summaries)} tables" + (
                 " and the lists of live tiles" if plan.blocks.strategy == "list" else ""
             )
+        case BackwardPlan():
+            parts = ", ".join(f"of {to_text(adjoint.part)} along the {adjoint.along}" for adjoint in plan.adjoints)
+            return f"gradients of q, k and v{'; ' + parts if parts else ''}; {_tile(plan.tile)}"
         case ForwardPlan():
             scale = "the exponential absorbs the scale" if plan.fold_scale else "scores are scaled before anything else"
             return f"head dims {plan.head_dim_qk} and {plan.head_dim_v}; {_tile(plan.tile)}; {scale}"
@@ -139,6 +142,6 @@ def _levels(plan: KernelPlan) -> Iterable[tuple[str, tuple[Binding, ...]]]:
             )
         case TilesPlan():
             levels = (("call", plan.call), ("head", plan.head))
-        case ForwardPlan():
+        case ForwardPlan() | BackwardPlan():
             levels = (("call", plan.call), ("head", plan.head), ("query", plan.row), ("key", plan.key))
     return [(name, bindings) for name, bindings in levels if bindings]

@@ -54,7 +54,7 @@ def named(name: str, span: Span) -> Value | None:
         return Value(Hole(name, span), Kind.FLOAT)  # pyright: ignore[reportArgumentType]
     if name in ROWS:
         size = Size(ROWS[name])  # pyright: ignore[reportArgumentType]
-        return Value(Element(name, element_index(), span), Kind.FLOAT, size)  # pyright: ignore[reportArgumentType]
+        return Value(Element(name, element_index(), span=span), Kind.FLOAT, size)  # pyright: ignore[reportArgumentType]
     if name in CONSTANTS:
         return constant(CONSTANTS[name], span)
     return None

@@ -89,10 +89,14 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Element:
-    """Element `index` of the untransformed row of q, k or v at the current position (float)."""
+    """Element `index` of the untransformed row of q, k or v at the current position (float).
+
+    upstream: instead, of the gradient with respect to the transformed row; only in plans of backward passes.
+    """
 
     row: RowName
     index: Expr
+    upstream: bool = False
     span: Span | None = field(default=None, compare=False, repr=False)
 
 

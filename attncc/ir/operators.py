@@ -10,18 +10,21 @@ scalars and lane vectors alike. Triton: names starting with `attn_` are jit func
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from attncc.ir import derivatives as d
 from attncc.ir import interval_rules as rules
 from attncc.ir import torch_meaning as meaning
+from attncc.ir.derivatives import Derivative
 from attncc.ir.errors import IRError
 from attncc.ir.interval_rules import Bounds, IntervalRule
-from attncc.ir.nodes import Apply
+from attncc.ir.nodes import Apply, Constant
 from attncc.ir.types import Kind
 
 T = TypeVar("T")
@@ -45,6 +48,8 @@ class Operator:
     torch       its meaning over float64, int64 and bool tensors
     interval    bounds of the result from bounds of the arguments; None: known at points only
     cpp, triton spelling, over {0}, {1}, … the printed arguments
+    derivative  of the overload that takes and returns floats; None where there is no such overload, and for `where`,
+                whose branches `attncc.passes.differentiate` keeps apart
     doc         one line for people
     """
 
@@ -55,6 +60,7 @@ class Operator:
     cpp: ByKind[str]
     triton: ByKind[str]
     doc: str
+    derivative: Derivative | None = None
 
     @property
     def arity(self) -> int:
@@ -202,4 +208,38 @@ _ROWS = (
 )
 # fmt: on
 
-OPERATORS: dict[str, Operator] = {operator.name: operator for operator in _ROWS}
+# Of floats. Kept apart from the rows above, which would not fit a line with it.
+_DERIVATIVES: dict[str, Derivative] = {
+    "neg": d.linear(-1.0),
+    "add": d.linear(1.0, 1.0),
+    "sub": d.linear(1.0, -1.0),
+    "mul": d.product,
+    "div": d.quotient,
+    "pow": d.power,
+    "min": d.extreme("lt"),
+    "max": d.extreme("gt"),
+    "abs": d.of_one(lambda x, _: Apply("sign", (x,))),
+    "sign": d.flat,
+    "exp": d.of_one(lambda _, y: y),
+    "exp2": d.of_one(lambda _, y: d.mul(Constant(math.log(2)), y)),
+    "log": d.of_one(lambda x, _: d.div(d.ONE, x)),
+    "log2": d.of_one(lambda x, _: d.div(Constant(1 / math.log(2)), x)),
+    "log1p": d.of_one(lambda x, _: d.div(d.ONE, d.add(d.ONE, x))),
+    "sqrt": d.of_one(lambda _, y: d.div(d.HALF, y)),
+    "rsqrt": d.of_one(d.rsqrt),
+    "tanh": d.of_one(d.tanh),
+    "sigmoid": d.of_one(d.sigmoid),
+    "relu": d.of_one(lambda x, _: d.where(Apply("gt", (x, d.ZERO)), d.ONE, d.ZERO)),
+    "gelu": d.of_one(d.gelu),
+    "silu": d.of_one(d.silu),
+    "elu": d.of_one(d.elu),
+    "softplus": d.of_one(lambda x, _: Apply("sigmoid", (x,))),
+    "sin": d.of_one(lambda x, _: Apply("cos", (x,))),
+    "cos": d.of_one(lambda x, _: d.neg(Apply("sin", (x,)))),
+    "erf": d.of_one(d.erf),
+    "floor": d.flat,
+    "ceil": d.flat,
+    "round": d.flat,
+}
+
+OPERATORS: dict[str, Operator] = {row.name: replace(row, derivative=_DERIVATIVES.get(row.name)) for row in _ROWS}

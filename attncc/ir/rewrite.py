@@ -82,8 +82,8 @@ def map_children(expr: Expr, f: Callable[[Expr], Expr]) -> Expr:
             return expr
         case Load(tensor=tensor, kind=kind, span=span):
             return Load(tensor, after, kind, span)
-        case Element(row=row, span=span):
-            return Element(row, after[0], span)
+        case Element(row=row, upstream=upstream, span=span):
+            return Element(row, after[0], upstream, span)
         case Reduce(op=op, span=span):
             return Reduce(op, after[0], after[1], span)
         case Apply(op=op, span=span):

@@ -122,8 +122,8 @@ def _expr(expr: Expr, level: int = _OR) -> str:
             return f"%{name}"
         case Load(tensor=tensor, indices=indices):
             return f"{tensor}[{', '.join(_expr(index) for index in indices)}]"
-        case Element(row=row, index=index):
-            return f"{row}[{_expr(index)}]"
+        case Element(row=row, index=index, upstream=upstream):
+            return f"{'d' if upstream else ''}{row}[{_expr(index)}]"
         case Reduce(op=op, body=body, size=size):
             return f"{op}(d < {_expr(size)}: {_expr(body)})"
         case Summary(op=op, load=load, axis=axis):

@@ -33,6 +33,7 @@ from attncc.passes.variance import variance
 from attncc.plan.cpp_tiles import choose_tile as choose_cpp_tile
 from attncc.plan.nodes import (
     GROUP_SIZE,
+    BackwardPlan,
     Binding,
     ForwardPlan,
     KernelPlan,
@@ -48,8 +49,8 @@ from attncc.plan.nodes import (
 from attncc.plan.stage import Stager
 from attncc.plan.triton_tiles import choose_tile as choose_triton_tile
 
-_PAIR_LEVELS = ("call", "head", "row", "key")
-_PAIR_SUFFIXES = ("c", "h", "q", "kv")
+PAIR_LEVELS = ("call", "head", "row", "key")
+PAIR_SUFFIXES = ("c", "h", "q", "kv")
 _ROW_LEVELS = ("call", "position", "position_element", "row_values")
 _ROW_SUFFIXES = ("c", "p", "d", "r")
 
@@ -59,14 +60,14 @@ def plan_attention(attention: Attention, specialization: Specialization, target:
     attention = specialize(attention, specialization)
     per_query_head = any(varies_with_head(transform) for transform in (attention.k, attention.v))
     if per_query_head:
-        attention = _with_group_size(attention)
+        attention = with_group_size(attention)
     rows = tuple(
-        _plan_rows(attention, row, specialization, target, "H" if per_query_head and row != "q" else None)
+        plan_rows(attention, row, specialization, target, per_query_head=per_query_head)
         for row in ("q", "k", "v")
         if getattr(attention, row) != identity_row(row) or (per_query_head and row != "q")
     )
     forward = _plan_forward(attention, specialization, target)
-    tiles = (_plan_tiles(forward),) if forward.blocks.summaries or forward.blocks.strategy == "list" else ()
+    tiles = (plan_tiles(forward),) if forward.blocks.summaries or forward.blocks.strategy == "list" else ()
     kernels: tuple[KernelPlan, ...] = (*rows, *tiles, forward)
     return Program(kernels, specialization, target, "H" if per_query_head else "HKV")
 
@@ -85,7 +86,7 @@ def varies_with_head(transform: Expr) -> bool:
     return any(isinstance(node, Index) and node.name == "h" for node in walk(transform))
 
 
-def _with_group_size(attention: Attention) -> Attention:
+def with_group_size(attention: Attention) -> Attention:
     group = Parameter(GROUP_SIZE, Kind.INT)
     mapping: dict[Expr, Expr] = {
         Index("hkv"): Apply("floordiv", (Index("h"), group)),
@@ -97,36 +98,81 @@ def _with_group_size(attention: Attention) -> Attention:
 # --- transforms of rows ---------------------------------------------------------------------------------------------
 
 
-def _plan_rows(
-    attention: Attention,
-    row: RowName,
-    specialization: Specialization,
-    target: Target,
-    heads: Literal["H"] | None,
+def plan_rows(
+    attention: Attention, row: RowName, specialization: Specialization, target: Target, *, per_query_head: bool
 ) -> RowsPlan:
+    """Writes the transformed rows of q, k or v; per_query_head: of k and v too, once per query head."""
     width = specialization.head_dim_v if row == "v" else specialization.head_dim_qk
-    transform = simplify_expr(_within(width, getattr(attention, row)))
-    stager = Stager(_ROW_LEVELS, _ROW_SUFFIXES, _row_level, _reserved(attention))
-    element = stager.staged(transform)
+    transform = simplify_expr(within_width(width, getattr(attention, row)))
+    return _plan_elements(
+        attention,
+        transform,
+        row=row,
+        name=f"{attention.name}_{row}_rows",
+        target=target,
+        dtype=specialization.dtype,
+        stored=specialization.dtype,
+        width=width,
+        heads="H" if row == "q" or per_query_head else "HKV",
+        tensors=specialization.tensors,
+        upstream=False,
+    )
+
+
+def plan_rows_of(forward: RowsPlan, gradient: Expr, name: str, stored: DType) -> RowsPlan:
+    """Writes something else of the same rows: a gradient, which reads that of their transform too."""
+    return _plan_elements(
+        forward.spec,
+        simplify_expr(within_width(forward.width, gradient)),
+        row=forward.row,
+        name=name,
+        target=forward.target,
+        dtype=forward.dtype,
+        stored=stored,
+        width=forward.width,
+        heads=forward.heads,
+        tensors=tuple((tensor.name, tensor.dtype) for tensor in forward.tensors),
+        upstream=True,
+    )
+
+
+def _plan_elements(
+    attention: Attention,
+    value: Expr,
+    *,
+    row: RowName,
+    name: str,
+    target: Target,
+    dtype: DType,
+    stored: DType,
+    width: int,
+    heads: Literal["H", "HKV"],
+    tensors: tuple[tuple[str, DType], ...],
+    upstream: bool,
+) -> RowsPlan:
+    stager = Stager(_ROW_LEVELS, _ROW_SUFFIXES, _row_level, reserved(attention))
+    element = stager.staged(value)
     levels = {level: stager.bindings(level) for level in _ROW_LEVELS}
-    used = [element.value, *(b.value for b in element.bindings), *_values(*levels.values())]
+    used = [element.value, *(b.value for b in element.bindings), *values_of(*levels.values())]
     return RowsPlan(
         kernel="rows",
-        name=f"{attention.name}_{row}_rows",
+        name=name,
         spec=attention,
         target=target,
         row=row,
-        dtype=specialization.dtype,
+        dtype=dtype,
         width=width,
-        heads="H" if row == "q" else heads or "HKV",
-        tensors=_tensors_in(used, specialization),
-        scalars=_scalars_in(used, attention),
+        heads=heads,
+        tensors=tensors_in(used, tensors),
+        scalars=scalars_in(used, attention),
         element=element,
+        stored=stored,
+        upstream=upstream,
         **levels,
     )
 
 
-def _within(width: int, expr: Expr) -> Expr:
+def within_width(width: int, expr: Expr) -> Expr:
     """`expr` for d in [0, width): comparisons that this decides, as those of a rotation of the whole row, are gone."""
     match expr:
         case Apply(op="lt", args=(Index(name="d"), Constant(value=int(bound)))) if bound >= width:
@@ -134,7 +180,7 @@ def _within(width: int, expr: Expr) -> Expr:
         case Reduce():
             return expr
         case _:
-            return map_children(expr, lambda child: _within(width, child))
+            return map_children(expr, lambda child: within_width(width, child))
 
 
 def _row_level(expr: Expr) -> int:
@@ -153,24 +199,22 @@ def _row_level(expr: Expr) -> int:
 
 def _plan_forward(attention: Attention, specialization: Specialization, target: Target) -> ForwardPlan:
     tile = _choose_tile(attention, specialization, target)
-    stager = Stager(_PAIR_LEVELS, _PAIR_SUFFIXES, _pair_level, _reserved(attention))
-    normalizer, weight_clause, sink_clause = _normalizer_parts(attention)
+    stager = Stager(PAIR_LEVELS, PAIR_SUFFIXES, pair_level, reserved(attention))
+    normalizer, weight_clause, sink_clause = normalizer_parts(attention)
     exact_division = specialization.dtype is DType.F64
 
     scale = stager.hoist(attention.scale)
     scaled = Apply("mul", (attention.scale, Hole("dot")))
-    fold_scale = (
-        normalizer == "softmax" and attention.score == Hole("qk") and isinstance(scale, Constant) and scale.value > 0
-    )
+    fold_scale = folds_scale(attention, scale)
     score_clause = Hole("dot") if fold_scale else substitute(attention.score, {Hole("qk"): scaled})
-    score = stager.staged(_cheapen(score_clause, exact_division))
-    weight = None if weight_clause is None else stager.staged(_cheapen(weight_clause, exact_division))
+    score = stager.staged(cheapened(score_clause, exact_division=exact_division))
+    weight = None if weight_clause is None else stager.staged(cheapened(weight_clause, exact_division=exact_division))
     sink = None if sink_clause is None else stager.hoist(sink_clause)
     mask = None if attention.mask == Constant(True) else stager.staged(attention.mask)
-    blocks = _hoist_blocks(block_structure(attention.mask), stager)
-    levels = {level: stager.bindings(level) for level in _PAIR_LEVELS}
+    blocks = hoisted_blocks(block_structure(attention.mask), stager)
+    levels = {level: stager.bindings(level) for level in PAIR_LEVELS}
 
-    used: list[Expr] = [scale, *_values(*levels.values()), *_block_exprs(blocks)]
+    used: list[Expr] = [scale, *values_of(*levels.values()), *block_exprs(blocks)]
     used += [] if sink is None else [sink]
     for staged in (score, mask, weight):
         used += [] if staged is None else [staged.value, *(b.value for b in staged.bindings)]
@@ -182,8 +226,8 @@ def _plan_forward(attention: Attention, specialization: Specialization, target: 
         dtype=specialization.dtype,
         head_dim_qk=specialization.head_dim_qk,
         head_dim_v=specialization.head_dim_v,
-        tensors=_tensors_in(used, specialization),
-        scalars=_scalars_in(used, attention),
+        tensors=tensors_in(used, specialization.tensors),
+        scalars=scalars_in(used, attention),
         scale=scale,
         fold_scale=fold_scale,
         score=score,
@@ -197,24 +241,34 @@ def _plan_forward(attention: Attention, specialization: Specialization, target: 
     )
 
 
-def _pair_level(expr: Expr) -> int:
+def folds_scale(attention: Attention, scale: Expr) -> bool:
+    """Whether a kernel may leave the scores unscaled and multiply within the exponential."""
+    return (
+        isinstance(attention.normalizer, Softmax)
+        and attention.score == Hole("qk")
+        and isinstance(scale, Constant)
+        and scale.value > 0
+    )
+
+
+def pair_level(expr: Expr) -> int:
     """The level of an expression within the forward kernel; tile corners and summaries stay where they stand."""
     if any(isinstance(node, Hole | Summary) or _is_corner(node) for node in walk(expr)):
-        return len(_PAIR_LEVELS)
+        return len(PAIR_LEVELS)
     varies = variance(expr)
     if {"q", "kv"} <= varies:
-        return len(_PAIR_LEVELS)
+        return len(PAIR_LEVELS)
     for coordinate, level in (("q", "row"), ("kv", "key")):
         if coordinate in varies:
-            return _PAIR_LEVELS.index(level)
-    return _PAIR_LEVELS.index("head" if varies else "call")
+            return PAIR_LEVELS.index(level)
+    return PAIR_LEVELS.index("head" if varies else "call")
 
 
 def _is_corner(expr: Expr) -> bool:
     return isinstance(expr, Index) and expr.name in ("q_lo", "q_hi", "kv_lo", "kv_hi")
 
 
-def _normalizer_parts(
+def normalizer_parts(
     attention: Attention,
 ) -> tuple[Literal["softmax", "sum", "none"], Expr | None, Expr | None]:
     """The kind of normalizer, its weight and its sink."""
@@ -227,18 +281,18 @@ def _normalizer_parts(
             return "none", weight, None
 
 
-def _cheapen(expr: Expr, exact_division: bool) -> Expr:
+def cheapened(expr: Expr, *, exact_division: bool) -> Expr:
     """Small powers as products, and division by what does not vary within a pair as a product with its reciprocal.
 
     The reciprocal differs from the quotient by one rounding; f64 kernels keep the division.
     """
-    expr = map_children(expr, lambda child: _cheapen(child, exact_division))
+    expr = map_children(expr, lambda child: cheapened(child, exact_division=exact_division))
     match expr:
         case Apply(op="pow", args=(base, Constant(value=float(exponent)))) if exponent in (2.0, 3.0, 4.0):
             square = Apply("mul", (base, base))
             return {2.0: square, 3.0: Apply("mul", (square, base)), 4.0: Apply("mul", (square, square))}[exponent]
         case Apply(op="div", args=(dividend, divisor)) if (
-            not exact_division and _pair_level(dividend) > _pair_level(divisor) and _pair_level(divisor) < 2
+            not exact_division and pair_level(dividend) > pair_level(divisor) and pair_level(divisor) < 2
         ):
             reciprocal = (
                 Constant(1.0 / divisor.value)
@@ -254,7 +308,7 @@ def _cheapen(expr: Expr, exact_division: bool) -> Expr:
 
 def _is_factor(expr: Expr) -> bool:
     """Whether `expr` is constant within a head."""
-    return _pair_level(expr) < _PAIR_LEVELS.index("row")
+    return pair_level(expr) < PAIR_LEVELS.index("row")
 
 
 def _scaled(value: Expr, factor: Expr) -> Expr:
@@ -269,7 +323,7 @@ def _scaled(value: Expr, factor: Expr) -> Expr:
             return Apply("mul", (value, factor))
 
 
-def _hoist_blocks(blocks: BlockStructure, stager: Stager) -> BlockStructure:
+def hoisted_blocks(blocks: BlockStructure, stager: Stager) -> BlockStructure:
     """Loads and arithmetic that do not depend on the tile move to the head and call levels."""
 
     def hoisted(key_range: KeyRange) -> KeyRange:
@@ -280,7 +334,7 @@ def _hoist_blocks(blocks: BlockStructure, stager: Stager) -> BlockStructure:
             full_hi=stager.hoist(key_range.full_hi),
         )
 
-    varies = frozenset[str]().union(*map(variance, _block_exprs(blocks)))
+    varies = frozenset[str]().union(*map(variance, block_exprs(blocks)))
     return replace(
         blocks,
         per_batch="b" in varies,
@@ -291,24 +345,24 @@ def _hoist_blocks(blocks: BlockStructure, stager: Stager) -> BlockStructure:
     )
 
 
-def _plan_tiles(forward: ForwardPlan) -> TilesPlan:
-    """The tables that `forward` reads, from the same expressions and the same tiles."""
-    stager = Stager(_PAIR_LEVELS, _PAIR_SUFFIXES, _pair_level, _reserved(forward.spec))
-    blocks = _hoist_blocks(block_structure(forward.spec.mask), stager)
+def plan_tiles(plan: ForwardPlan | BackwardPlan) -> TilesPlan:
+    """The tables that `plan` reads, from the same expressions and the same tiles."""
+    stager = Stager(PAIR_LEVELS, PAIR_SUFFIXES, pair_level, reserved(plan.spec))
+    blocks = hoisted_blocks(block_structure(plan.spec.mask), stager)
     call, head = stager.bindings("call"), stager.bindings("head")
-    used = [*_values(call, head), *_block_exprs(blocks)]
+    used = [*values_of(call, head), *block_exprs(blocks)]
     names = {node.tensor for expr in used for node in walk(expr) if isinstance(node, Load)}
     return TilesPlan(
         kernel="tiles",
-        name=f"{forward.spec.name}_tiles",
-        spec=forward.spec,
-        target=forward.target,
-        tensors=tuple(t for t in forward.tensors if t.name in names),
-        scalars=_scalars_in(used, forward.spec),
+        name=f"{plan.name.removesuffix('_forward')}_tiles",
+        spec=plan.spec,
+        target=plan.target,
+        tensors=tuple(t for t in plan.tensors if t.name in names),
+        scalars=scalars_in(used, plan.spec),
         call=call,
         head=head,
         blocks=blocks,
-        tile=forward.tile,
+        tile=plan.tile,
     )
 
 
@@ -316,7 +370,7 @@ def _choose_tile(attention: Attention, specialization: Specialization, target: T
     sizes = (specialization.dtype, specialization.head_dim_qk, specialization.head_dim_v)
     if target.backend == "cpp":
         return choose_cpp_tile(target.arch, *sizes)
-    _, weight, _ = _normalizer_parts(attention)
+    _, weight, _ = normalizer_parts(attention)
     clauses = (attention.score, attention.mask, *(() if weight is None else (weight,)))
     loads = [node for clause in clauses for node in walk(clause) if isinstance(node, Load)]
     reads_pairs = any({"q", "kv"} <= variance(load) for load in loads)
@@ -326,26 +380,26 @@ def _choose_tile(attention: Attention, specialization: Specialization, target: T
 # --- what a kernel reads --------------------------------------------------------------------------------------------
 
 
-def _values(*levels: Iterable[Binding]) -> list[Expr]:
+def values_of(*levels: Iterable[Binding]) -> list[Expr]:
     return [binding.value for level in levels for binding in level]
 
 
-def _block_exprs(blocks: BlockStructure) -> list[Expr]:
+def block_exprs(blocks: BlockStructure) -> list[Expr]:
     corners = [e for r in blocks.ranges for e in (r.lo, r.hi, r.full_lo, r.full_hi)]
     return [*corners, blocks.possible, blocks.certain, *blocks.summaries]
 
 
-def _tensors_in(exprs: Iterable[Expr], specialization: Specialization) -> tuple[TensorArgument, ...]:
+def tensors_in(exprs: Iterable[Expr], dtypes: tuple[tuple[str, DType], ...]) -> tuple[TensorArgument, ...]:
     ranks = {node.tensor: len(node.indices) for expr in exprs for node in walk(expr) if isinstance(node, Load)}
-    return tuple(TensorArgument(name, dtype, ranks[name]) for name, dtype in specialization.tensors if name in ranks)
+    return tuple(TensorArgument(name, dtype, ranks[name]) for name, dtype in dtypes if name in ranks)
 
 
-def _scalars_in(exprs: Iterable[Expr], attention: Attention) -> tuple[ScalarArgument, ...]:
+def scalars_in(exprs: Iterable[Expr], attention: Attention) -> tuple[ScalarArgument, ...]:
     used = {node.name for expr in exprs for node in walk(expr) if isinstance(node, Parameter)}
     declared = [ScalarArgument(p.name, p.kind) for p in attention.scalars if p.name in used]
     return (*declared, *([ScalarArgument(GROUP_SIZE, Kind.INT)] if GROUP_SIZE in used else []))
 
 
-def _reserved(attention: Attention) -> set[str]:
+def reserved(attention: Attention) -> set[str]:
     """Names that no binding may take: those of the specification."""
     return {parameter.name for parameter in attention.parameters}

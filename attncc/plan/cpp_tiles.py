@@ -17,3 +17,10 @@ def choose_tile(arch: str, dtype: DType, head_dim_qk: int, head_dim_v: int) -> C
     lanes = _REGISTER_BYTES[arch] // (8 if dtype is DType.F64 else 4)
     vectors, micro_keys = (3, 4) if arch == "avx2" else (2, 8)
     return CppTile(lanes=lanes, vectors=vectors, block_n=256, micro_keys=micro_keys)
+
+
+def choose_backward_tile(arch: str, dtype: DType, head_dim_qk: int, head_dim_v: int) -> CppTile:
+    """Products over the queries of a tile need it deep: four steps of queries. Keys are fewer than forward, since a
+    tile holds weights and their gradients."""
+    forward = choose_tile(arch, dtype, head_dim_qk, head_dim_v)
+    return CppTile(forward.lanes, forward.vectors, block_n=64, micro_keys=forward.micro_keys, steps=4)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from attncc.ir.blocks import BlockStructure
-from attncc.ir.nodes import Attention, Expr, RowName
+from attncc.ir.nodes import Attention, Expr, Load, RowName
 from attncc.ir.types import DType, Kind
 
 # A run-time scalar of kernels, not of specifications: H // HKV of the call. It stands for the key/value head of a query
@@ -79,6 +79,14 @@ class Staged:
 
 
 @dataclass(frozen=True, slots=True)
+class StagedValues:
+    """As `Staged`, for several values that share subexpressions."""
+
+    bindings: tuple[Binding, ...]
+    values: tuple[Expr, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TensorArgument:
     """A captured tensor that a kernel reads: a pointer, `rank` sizes and `rank` strides (in elements)."""
 
@@ -99,7 +107,9 @@ class ScalarArgument:
 class RowsPlan:
     """Writes the transformed rows of q, k or v to a contiguous (B, heads, rows, width) workspace.
 
-    `element` is the value of output element d. Hoisted: `call`; `position` (varies with the row's position only, one
+    `element` is the value of output element d. upstream: the kernel also reads the rows `d{row}` of the gradient of the
+    transformed rows, contiguous and of the same shape as the output, and what it writes is a gradient. stored: the type
+    of what it writes. Hoisted: `call`; `position` (varies with the row's position only, one
     value per position: shared by all b and h); `position_element` (position and d: shared by all b and h); `row` (b,
     h and position; reductions over the row live here). `heads` is "H" or "HKV".
     """
@@ -119,21 +129,25 @@ class RowsPlan:
     position_element: tuple[Binding, ...]
     row_values: tuple[Binding, ...]
     element: Staged
+    stored: DType
+    upstream: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class CppTile:
-    """lanes: queries per vector register; vectors: registers per tile of queries (block_m = lanes * vectors);
-    block_n: keys per tile; micro_keys: keys per micro-kernel step."""
+    """lanes: queries per vector register; vectors: registers of queries of one step of a product; steps: how many of
+    those make a tile (block_m = lanes * vectors * steps); block_n: keys per tile; micro_keys: keys per micro-kernel
+    step."""
 
     lanes: int
     vectors: int
     block_n: int
     micro_keys: int
+    steps: int = 1
 
     @property
     def block_m(self) -> int:
-        return self.lanes * self.vectors
+        return self.lanes * self.vectors * self.steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +199,70 @@ class ForwardPlan:
     tile: Tile
 
 
+# Which pairs share an entry of an adjoint: all of a head (B, H); those of a query (B, H, M); those of a key (B, H, N);
+# those at one distance (B, H, M + N - 1), entry q_row - kv_idx + N - 1; none, each adds to the tensor that it read.
+Along: TypeAlias = Literal["head", "row", "column", "diagonal", "pair"]
+
+
+@dataclass(frozen=True, slots=True)
+class Adjoint:
+    """The gradient of one part of the pair's value: a part that reads captured tensors whose gradient is wanted, and
+    neither the product of query and key nor anything else that varies more than `along` says.
+
+    part     an expression as the specification has it, over coordinates and loads; for `pair` a `Load`
+    place    for `pair`: that load as the kernel's printer reads it, over hoisted values; else None
+    """
+
+    part: Expr
+    along: Along
+    place: Load | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardPlan:
+    """Gradients of streaming attention, recomputing the weights from the forward pass's row totals.
+
+    With dp = dot(do, v) and delta = dot(do, o) - dlse of the query, the gradient of a pair's value f is
+      softmax   df = p (dp - delta),  p = exp(f - lse)              f is the score
+      sum       df = (dp - delta) / total,  p = f / total          f is the weight; total is what the row was divided by
+      none      df = dp,  p = f                                    f is the weight
+    and then  dv += p do,   ddot = df * partial,   dq += dot_factor * ddot * k,   dk += dot_factor * ddot * q,
+    and for each adjoint  entry += df * its partial. Where a row's total is 0 (lse is -inf) all of it is 0; so it is at
+    masked pairs, whatever stands there.
+
+    pair         values[0] is f over Hole("dot"); values[1] its derivative by the product, without `dot_factor`
+                 (Constant(1.0) where that is all there is to it); values[2 + i] that by `adjoints[i].part`
+    fold_scale   as in a `ForwardPlan`: f is Hole("dot") and stands for scale * dot; the kernel multiplies by `scale`
+                 within the exponential
+    dot_factor   a head-level or outer value, applied once per element of dq and dk
+    writes_delta the launcher wants delta (B, H, M): a sink has a gradient
+    """
+
+    kernel: Literal["backward"]
+    name: str
+    spec: Attention
+    target: Target
+    dtype: DType
+    head_dim_qk: int
+    head_dim_v: int
+    tensors: tuple[TensorArgument, ...]
+    scalars: tuple[ScalarArgument, ...]
+    call: tuple[Binding, ...]
+    head: tuple[Binding, ...]
+    row: tuple[Binding, ...]
+    key: tuple[Binding, ...]
+    scale: Expr
+    fold_scale: bool
+    pair: StagedValues
+    dot_factor: Expr
+    adjoints: tuple[Adjoint, ...]
+    mask: Staged | None
+    normalizer: Literal["softmax", "sum", "none"]
+    writes_delta: bool
+    blocks: BlockStructure
+    tile: Tile
+
+
 @dataclass(frozen=True, slots=True)
 class TilesPlan:
     """Fills the summary tables and, for the list strategy, the lists of live tiles that a `ForwardPlan` reads.
@@ -206,7 +284,7 @@ class TilesPlan:
     tile: Tile
 
 
-KernelPlan: TypeAlias = RowsPlan | ForwardPlan | TilesPlan
+KernelPlan: TypeAlias = RowsPlan | ForwardPlan | BackwardPlan | TilesPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,3 +309,35 @@ class Program:
     @property
     def spec(self) -> Attention:
         return self.forward.spec
+
+
+@dataclass(frozen=True, slots=True)
+class RowAdjoint:
+    """The gradient of a part of a row transform that reads captured tensors: `rows` writes one value per element of the
+    rows of q, k or v, (B, heads, rows, width)."""
+
+    part: Expr
+    rows: RowsPlan
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardProgram:
+    """All kernels of a backward pass.
+
+    rows          transforms of rows, as in the forward pass: computed again rather than kept
+    tiles         the tables of `backward`, if it has any
+    backward      gradients of the transformed rows, and adjoints
+    transposed    gradients of the rows as they came, from those: of q, k, v, where they have a transform
+    row_adjoints  what captured tensors get through transforms
+    sink          the sink, where a captured tensor whose gradient is wanted is part of it
+    """
+
+    rows: tuple[RowsPlan, ...]
+    tiles: TilesPlan | None
+    backward: BackwardPlan
+    transposed: tuple[RowsPlan, ...]
+    row_adjoints: tuple[RowAdjoint, ...]
+    sink: Expr | None
+    specialization: Specialization
+    target: Target
+    operand_heads: Literal["H", "HKV"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from attncc.ir.nodes import Apply, Constant, Expr, Hole, Index, Load, Parameter, Reduce, Size, Summary, Variable
 from attncc.ir.rewrite import children, has_free_d, kind_of, map_children
-from attncc.plan.nodes import Binding, Staged
+from attncc.plan.nodes import Binding, Staged, StagedValues
 
 # The innermost level is where the expressions themselves stand; it gets no bindings of its own.
 LevelOf = Callable[[Expr], int]
@@ -42,6 +42,8 @@ class Stager:
         return tuple(self._bindings.get(level, ()))
 
     def _hoist(self, expr: Expr, level: int, *, inside_reduce: bool) -> Expr:
+        if expr in self._bound and not inside_reduce:
+            return self._bound[expr]
         own = self.level_of(expr)
         if own < level and not is_trivial(expr) and not (inside_reduce and has_free_d(expr)):
             return self._bind(expr, own)
@@ -77,6 +79,12 @@ def is_trivial(expr: Expr) -> bool:
 
 def share(expr: Expr, taken: set[str]) -> Staged:
     """Binds each operation that occurs more than once in `expr`, innermost first."""
+    staged = share_all([expr], taken)
+    return Staged(staged.bindings, staged.values[0])
+
+
+def share_all(exprs: Sequence[Expr], taken: set[str]) -> StagedValues:
+    """As `share`, for operations that occur more than once in all of `exprs` together."""
     uses: Counter[Expr] = Counter()
     order: list[Expr] = []
 
@@ -90,7 +98,8 @@ def share(expr: Expr, taken: set[str]) -> Staged:
                     visit(child)
             order.append(node)
 
-    visit(expr)
+    for expr in exprs:
+        visit(expr)
     bound: dict[Expr, Variable] = {}
 
     def rewrite(node: Expr) -> Expr:
@@ -105,7 +114,7 @@ def share(expr: Expr, taken: set[str]) -> Staged:
             variable = Variable(fresh(f"t{len(bindings)}", taken), kind_of(node))
             bindings.append(Binding(variable.name, variable.kind, value))
             bound[node] = variable
-    return Staged(tuple(bindings), rewrite(expr))
+    return StagedValues(tuple(bindings), tuple(rewrite(expr) for expr in exprs))
 
 
 def fresh(stem: str, taken: set[str]) -> str:

@@ -151,3 +151,12 @@ def covered(size: int) -> int:
 def power_of_two(size: int) -> int:
     """The least power of two that is not less than `size`."""
     return 1 << max(size - 1, 0).bit_length()
+
+
+def choose_backward_tile(arch: str, dtype: DType, head_dim_qk: int, head_dim_v: int) -> TritonTile:
+    """The tile of both backward kernels."""
+    if arch == "interpret":
+        return INTERPRET
+    if dtype in (DType.F32, DType.F64):
+        return TritonTile(32, 32, 8, 1)
+    return TritonTile(64, 64 if max(head_dim_qk, head_dim_v) > 64 else 128, 8, 2)

@@ -1,0 +1,200 @@
+"""From an attention to the kernels of its backward pass.
+
+    transforms of rows, again ─▶ tables of tiles, again ─▶ the backward kernel ─▶ transforms of rows, transposed
+
+Captured tensors are differentiated in two steps. A kernel adds up the gradient of each part of the pair's value that
+reads one (`attncc.passes.parts`), over all pairs that share it; what leads from the tensor to the part, index map
+included, is left to `attncc.runtime`, which does it once per entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+
+from attncc.diagnostics import BuildError
+from attncc.ir.nodes import Apply, Attention, Constant, Expr, Hole, Load, RowName, Softmax, identity_row
+from attncc.ir.rewrite import substitute
+from attncc.ir.types import DType
+from attncc.passes.blocks import block_structure
+from attncc.passes.differentiate import Product, tangent_of
+from attncc.passes.differentiate_rows import NotItsOwnInverse, part_gradient, transposed_row
+from attncc.passes.parts import learned_elements, learned_parts
+from attncc.passes.simplify import simplify_expr
+from attncc.plan.build import (
+    PAIR_LEVELS,
+    PAIR_SUFFIXES,
+    block_exprs,
+    cheapened,
+    folds_scale,
+    hoisted_blocks,
+    normalizer_parts,
+    pair_level,
+    plan_rows,
+    plan_rows_of,
+    plan_tiles,
+    reserved,
+    scalars_in,
+    specialize,
+    tensors_in,
+    values_of,
+    varies_with_head,
+    with_group_size,
+    within_width,
+)
+from attncc.plan.cpp_tiles import choose_backward_tile as choose_cpp_tile
+from attncc.plan.errors import NoRowGradient
+from attncc.plan.nodes import (
+    Adjoint,
+    BackwardPlan,
+    BackwardProgram,
+    RowAdjoint,
+    RowsPlan,
+    Specialization,
+    Target,
+    Tile,
+)
+from attncc.plan.stage import Stager, share_all
+from attncc.plan.triton_tiles import choose_backward_tile as choose_triton_tile
+
+ROWS: tuple[RowName, ...] = ("q", "k", "v")
+
+
+def plan_backward(
+    attention: Attention, specialization: Specialization, target: Target, wanted: AbstractSet[str]
+) -> BackwardProgram:
+    """The kernels of a backward pass. wanted: the captured tensors whose gradients are asked for, beside q, k and v.
+
+    Raises BuildError where a row transform has no gradient that a kernel could write.
+    """
+    attention = specialize(attention, specialization)
+    per_query_head = any(varies_with_head(transform) for transform in (attention.k, attention.v))
+    if per_query_head:
+        attention = with_group_size(attention)
+    rows = tuple(
+        plan_rows(attention, row, specialization, target, per_query_head=per_query_head)
+        for row in ROWS
+        if getattr(attention, row) != identity_row(row) or (per_query_head and row != "q")
+    )
+    backward = _plan_pairs(attention, specialization, target, wanted)
+    tiled = backward.blocks.summaries or backward.blocks.strategy == "list"
+    sink = attention.normalizer.sink if isinstance(attention.normalizer, Softmax) else None
+    return BackwardProgram(
+        rows=rows,
+        tiles=plan_tiles(backward) if tiled else None,
+        backward=backward,
+        transposed=tuple(_plan_transposed(forward) for forward in rows),
+        row_adjoints=tuple(adjoint for forward in rows for adjoint in _row_adjoints(forward, wanted)),
+        sink=sink if backward.writes_delta else None,
+        specialization=specialization,
+        target=target,
+        operand_heads="H" if per_query_head else "HKV",
+    )
+
+
+# --- transforms of rows ---------------------------------------------------------------------------------------------
+
+
+def _transform(forward: RowsPlan) -> Expr:
+    return within_width(forward.width, getattr(forward.spec, forward.row))
+
+
+def _plan_transposed(forward: RowsPlan) -> RowsPlan:
+    """From the gradient of the transformed rows to that of the rows."""
+    try:
+        gradient = transposed_row(_transform(forward), forward.row, forward.width)
+    except NotItsOwnInverse as error:
+        raise BuildError(NoRowGradient(None, forward.row, str(error))) from error
+    return plan_rows_of(forward, gradient, f"{forward.spec.name}_d{forward.row}_rows", forward.dtype)
+
+
+def _row_adjoints(forward: RowsPlan, wanted: AbstractSet[str]) -> list[RowAdjoint]:
+    transform = _transform(forward)
+    stored = DType.F64 if forward.dtype is DType.F64 else DType.F32
+    found: list[RowAdjoint] = []
+    for number, part in enumerate(learned_elements(transform, wanted)):
+        gradient = part_gradient(transform, part, forward.row, forward.width)
+        name = f"{forward.spec.name}_{forward.row}_part_{number}"
+        found.append(RowAdjoint(part, plan_rows_of(forward, gradient, name, stored)))
+    return found
+
+
+# --- pairs ----------------------------------------------------------------------------------------------------------
+
+
+def _plan_pairs(
+    attention: Attention, specialization: Specialization, target: Target, wanted: AbstractSet[str]
+) -> BackwardPlan:
+    stager = Stager(PAIR_LEVELS, PAIR_SUFFIXES, pair_level, reserved(attention))
+    normalizer, weight, sink = normalizer_parts(attention)
+    exact = specialization.dtype is DType.F64
+    scale = stager.hoist(attention.scale)
+    fold_scale = folds_scale(attention, scale)
+
+    value = _pair_value(attention, weight, fold_scale=fold_scale)
+    parts = () if fold_scale else learned_parts(value, wanted)
+    by_dot = tangent_of(value, Hole("dot")) or Product(0.0)
+    dot_factor, rest = (attention.scale, Product()) if fold_scale else _factored(by_dot)
+    by_parts = [tangent_of(value, part) or Product(0.0) for part, _ in parts]
+    exprs = [value, *(product.expr() for product in (rest, *by_parts))]
+    pair = share_all([stager.hoist(cheapened(expr, exact_division=exact)) for expr in exprs], stager.taken)
+    places = [stager.hoist(part) if along == "pair" else None for part, along in parts]
+    adjoints = tuple(
+        Adjoint(part, along, place if isinstance(place, Load) else None)
+        for (part, along), place in zip(parts, places, strict=True)
+    )
+    dot_factor = stager.hoist(dot_factor)
+    mask = None if attention.mask == Constant(True) else stager.staged(attention.mask)
+    blocks = hoisted_blocks(block_structure(attention.mask), stager)
+    levels = {level: stager.bindings(level) for level in PAIR_LEVELS}
+
+    used: list[Expr] = [scale, dot_factor, *values_of(*levels.values()), *block_exprs(blocks)]
+    used += [*pair.values, *values_of(pair.bindings), *(place for place in places if place is not None)]
+    used += [] if mask is None else [mask.value, *values_of(mask.bindings)]
+    return BackwardPlan(
+        kernel="backward",
+        name=f"{attention.name}_backward",
+        spec=attention,
+        target=target,
+        dtype=specialization.dtype,
+        head_dim_qk=specialization.head_dim_qk,
+        head_dim_v=specialization.head_dim_v,
+        tensors=tensors_in(used, specialization.tensors),
+        scalars=scalars_in(used, attention),
+        scale=scale,
+        fold_scale=fold_scale,
+        pair=pair,
+        dot_factor=dot_factor,
+        adjoints=adjoints,
+        mask=mask,
+        normalizer=normalizer,
+        writes_delta=sink is not None and bool(learned_parts(sink, wanted)),
+        blocks=blocks,
+        tile=_choose_tile(specialization, target),
+        **levels,
+    )
+
+
+def _pair_value(attention: Attention, weight: Expr | None, *, fold_scale: bool) -> Expr:
+    """The score, or the weight where it is no softmax, over the product of query and key."""
+    if fold_scale:
+        return Hole("dot")
+    score = substitute(attention.score, {Hole("qk"): Apply("mul", (attention.scale, Hole("dot")))})
+    return simplify_expr(score if weight is None else substitute(weight, {Hole("score"): score}))
+
+
+def _factored(product: Product) -> tuple[Expr, Product]:
+    """The factors of a derivative that are constant within a head, and the others."""
+
+    def split(exprs: tuple[Expr, ...]) -> tuple[tuple[Expr, ...], tuple[Expr, ...]]:
+        outer = tuple(expr for expr in exprs if pair_level(expr) <= PAIR_LEVELS.index("head"))
+        return outer, tuple(expr for expr in exprs if expr not in outer)
+
+    (factors, rest_factors), (divisors, rest_divisors) = split(product.factors), split(product.divisors)
+    outer = Product(product.coefficient, factors, divisors)
+    return outer.expr(), replace(product, coefficient=1.0, factors=rest_factors, divisors=rest_divisors)
+
+
+def _choose_tile(specialization: Specialization, target: Target) -> Tile:
+    sizes = (specialization.dtype, specialization.head_dim_qk, specialization.head_dim_v)
+    return (choose_cpp_tile if target.backend == "cpp" else choose_triton_tile)(target.arch, *sizes)
