@@ -8,6 +8,7 @@ from attncc.ir.nodes import Attention, Elementwise, Expr, Softmax, Sum, identity
 from attncc.ir.text import to_text
 from attncc.passes.variance import variance
 from attncc.plan.nodes import (
+    BackwardPlan,
     Binding,
     BlockStructure,
     CppTile,
