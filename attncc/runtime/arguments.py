@@ -6,6 +6,7 @@ for every reason.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -74,8 +75,10 @@ class Signature:
         self.tensors = attention.tensors
         self._shapes = {p.name: tuple(size_function(axis) for axis in p.shape) for p in self.tensors}
         self._dtypes = {p.name: frozenset(TORCH_DTYPES[d] for d in p.dtypes) for p in self.tensors}
+        # Kept for sizes that were met lately: evaluating a shape would take half as long as a tiny call.
+        self.shape = functools.lru_cache(maxsize=64)(self._shape)
 
-    def shape(self, name: str, sizes: Sizes) -> tuple[int, ...]:
+    def _shape(self, name: str, sizes: Sizes) -> tuple[int, ...]:
         """The shape that the captured tensor `name` must have at these sizes. Raises ValueError where it has none,
         because an axis is declared as a quotient and its divisor is 0."""
         try:
@@ -108,7 +111,7 @@ class Signature:
             return scalar_tensor(parameter, value, device)
         if value.dtype not in self._dtypes[name] or value.device != device or value.layout is not torch.strided:
             raise Mismatch
-        if tuple(value.shape) != self.shape(name, sizes):
+        if value.shape != self.shape(name, sizes):
             raise Mismatch
         return value.resolve_neg() if value.is_neg() else value
 
