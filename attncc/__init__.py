@@ -1,7 +1,22 @@
 """attncc, the attention compiler: from a few lines of mathematics to a fast, verified kernel."""
 
+from typing import TYPE_CHECKING
+
+# A submodule sets its name here when it is first imported: `check` before the function of that name does.
+import attncc.check  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from attncc.build import build, check
 from attncc.diagnostics import AttnError, BuildError, CallError, SpecError
-from attncc.runtime.call import CompiledAttention
+
+if TYPE_CHECKING:
+    from attncc.runtime.call import CompiledAttention
 
 __all__ = ["AttnError", "BuildError", "CallError", "CompiledAttention", "SpecError", "build", "check"]
+
+
+def __getattr__(name: str) -> object:
+    """Imports what needs PyTorch when it is asked for, so that commands that need none start quickly."""
+    if name == "CompiledAttention":
+        from attncc.runtime.call import CompiledAttention
+
+        return CompiledAttention
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,7 @@
 
 `build` goes as far as the Attention; the rest waits for the first call, which tells what to specialize for: element
 types and head dimensions, never lengths, batch, heads or run-time scalars. Both halves are kept in the cache folder;
-what the second one needs (a template engine, the printers) is imported only when it has to run.
+what a step needs (PyTorch, a template engine, the printers) is imported only when it has to run.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from attncc.check import check_source
 from attncc.diagnostics import CallError, SpecError
 from attncc.emit.families import BACKENDS, template_folders
 from attncc.errors import CannotReadSpec, PassedByPosition
 from attncc.ir.nodes import Attention
 from attncc.plan.nodes import Specialization, Target
 from attncc.runtime import cache
-from attncc.runtime.call import CompiledAttention, Sources
-from attncc.runtime.targets import known_target
 from attncc.source import Source
 from attncc.syntax import parse, use_cache_folder
+
+if TYPE_CHECKING:
+    from attncc.runtime.call import CompiledAttention, Sources
 
 
 def build(
@@ -43,6 +44,9 @@ def build(
 
     Raises SpecError for a mistake in the specification, BuildError where no kernel can be made of it here.
     """
+    from attncc.runtime.call import CompiledAttention
+    from attncc.runtime.targets import known_target
+
     source = read(spec)
     if extra:
         raise CallError(PassedByPosition(None, "attncc.build", "the specification", _keyword_for(extra[0], source)))
@@ -69,6 +73,8 @@ def check(spec: str | Path | Source, *, name: str | None = None, **constants: bo
     source = spec if isinstance(spec, Source) else read(spec)
 
     def front_end() -> Attention:
+        from attncc.check.specification import check_source
+
         with contextlib.suppress(OSError):  # Without a place to write to it takes longer.
             use_cache_folder(cache.folder())
         return check_source(source, name=name, constants=constants)

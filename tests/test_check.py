@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attncc.check import check_all, check_source
+from attncc.check.specification import check_all, check_source
 from attncc.diagnostics import SpecError
 from attncc.ir.nodes import (
     Apply,

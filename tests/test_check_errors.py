@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from attncc.check import check_all, check_source
+from attncc.check.specification import check_all, check_source
 from attncc.diagnostics import Diagnostic, SpecError, all_kinds, explain_code
 from attncc.source import Source
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from attncc.check import check_all
 from attncc.check.functions import BUILTINS
 from attncc.check.modules import prelude
 from attncc.check.rope import SCALINGS
+from attncc.check.specification import check_all
 from attncc.check.suggest import define_signature
 from attncc.check.world import CONSTANTS, COORDINATES, HOLES, LATER_CLAUSES, LATER_FUNCTIONS, ROWS, SIZES
 from attncc.diagnostics import SpecError

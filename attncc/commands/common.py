@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from attncc.build import build, check, read
+from attncc.commands.output import reason, say
 from attncc.diagnostics import CallError
 from attncc.errors import CannotRead, CannotWrite, MissingOperand, NoShapeAtSizes, UnknownSetting
 from attncc.inputs import captured_tensors, describe, operands
@@ -105,7 +103,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CallError(CannotRead(None, str(path), _reason(error))) from error
+        raise CallError(CannotRead(None, str(path), reason(error))) from error
     missing = [name for name in "qkv" if name not in tensors]
     if missing:
         found = ", ".join(sorted(tensors)) or "nothing"
@@ -122,43 +120,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
     except (OSError, SafetensorError) as error:
-        raise CallError(CannotWrite(None, str(path), _reason(error))) from error
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Writes a file, and makes its folder where there is none."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    except OSError as error:
-        raise CallError(CannotWrite(None, str(path), _reason(error))) from error
-
-
-def _reason(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error)).lower()
+        raise CallError(CannotWrite(None, str(path), reason(error))) from error
 
 
 def device_of(target: str | None) -> str:
     """Where the tensors of a call have to lie for a target: a GPU for Triton, unless it is interpreted."""
     on_gpu = torch.cuda.is_available() and (target is None or not target.startswith(("cpp", "triton:interpret")))
     return "cuda" if on_gpu else "cpu"
-
-
-def say(text: str) -> None:
-    """A remark to the user, out of the way of results."""
-    print(text, file=sys.stderr)
-
-
-def progress() -> Progress:
-    """A progress bar on stderr, gone when it is done; none where nobody watches."""
-    console = Console(stderr=True)
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from attncc.build import read
-from attncc.commands.common import Loaded, load, say, write
+from attncc.commands.common import Loaded, load
+from attncc.commands.output import say, write
 from attncc.commands.tree import dump
 from attncc.inputs import element_type
 from attncc.ir.text import to_text

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from attncc.commands.common import Loaded, call_arguments, say
+from attncc.commands.common import Loaded, call_arguments
 from attncc.commands.compiling import chosen
+from attncc.commands.output import say
 from attncc.picture import draw as draw_mask
 from attncc.runtime.arguments import TORCH_DTYPES, Mismatch, Signature
 from attncc.runtime.refusals import refuse

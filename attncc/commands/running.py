@@ -15,7 +15,8 @@ from torch import Tensor
 
 from attncc.bench import PEERS, Result, table
 from attncc.bench import bench as compare
-from attncc.commands.common import call_arguments, device_of, load, progress, save_tensors, say, write
+from attncc.commands.common import call_arguments, device_of, load, save_tensors
+from attncc.commands.output import progress, say, write
 from attncc.diagnostics import CallError
 from attncc.errors import UnknownPeer
 from attncc.ir.types import DType

@@ -1,4 +1,4 @@
-"""`check`, `fmt` and `explain`."""
+"""`check`, `fmt` and `explain`. Formatting, and looking up an error code, start without PyTorch."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import sys
 from pathlib import Path
 
 from attncc.build import read
-from attncc.check import check_all
-from attncc.commands.common import load, say, write
+from attncc.commands.output import say, write
 from attncc.diagnostics import AttnError, CallError, explain_code
 from attncc.errors import UnknownCode
-from attncc.ir.types import DType
-from attncc.runtime.arguments import TORCH_DTYPES
 from attncc.syntax import format_source
 
 
 def check(arguments: argparse.Namespace) -> int:
     """Every attention of every file, and all errors of all files."""
+    from attncc.check.specification import check_all
+
     errors: list[AttnError] = []
     for path in arguments.files:
         try:
@@ -60,9 +59,14 @@ def explain(arguments: argparse.Namespace) -> int:
             raise CallError(UnknownCode(None, what))
         print(text)
         return 0
+    from attncc.commands.common import load
+
     loaded = load(what, arguments.name, dict(arguments.set))
     attn = loaded.compiled(arguments.target, arguments.templates)
     if arguments.png is None:
+        from attncc.ir.types import DType
+        from attncc.runtime.arguments import TORCH_DTYPES
+
         head_dim, head_dim_v = arguments.head_dim
         dtype = TORCH_DTYPES[DType(arguments.dtype)]
         print(attn.explain(dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v))
