@@ -45,7 +45,7 @@ def where(condition: Expr, x: Expr, y: Expr) -> Expr:
 
 
 def of_one(rule: Callable[[Expr, Expr], Expr]) -> Derivative:
-    """The rule of a function of one argument: its derivative at x, where its result is y."""
+    """The rule of a function of one argument, whose result at x is y."""
     return lambda args, y: (rule(args[0], y),)
 
 
@@ -73,13 +73,17 @@ def power(args: tuple[Expr, ...], result: Expr) -> tuple[Expr, Expr]:
     """x ** y: y x ** (y - 1), 0 for y = 0; and x ** y log x, 0 for x = 0 where y is not negative."""
     x, y = args
     by_x = mul(y, Apply("pow", (x, sub(y, ONE))))
-    if not isinstance(y, Constant):
+    if not _is_nonzero(y):
         by_x = where(Apply("eq", (y, ZERO)), ZERO, by_x)
     by_y = mul(result, Apply("log", (x,)))
-    if not isinstance(x, Constant):
+    if not _is_nonzero(x):
         at_zero = Apply("and", (Apply("eq", (x, ZERO)), Apply("ge", (y, ZERO))))
         by_y = where(at_zero, ZERO, by_y)
     return by_x, by_y
+
+
+def _is_nonzero(expr: Expr) -> bool:
+    return isinstance(expr, Constant) and expr.value != 0
 
 
 def extreme(comparison: str) -> Derivative:
@@ -94,6 +98,26 @@ def extreme(comparison: str) -> Derivative:
     return rule
 
 
+absolute = of_one(lambda x, _: Apply("sign", (x,)))
+exp = of_one(lambda _, y: y)
+exp2 = of_one(lambda _, y: mul(Constant(math.log(2)), y))
+log = of_one(lambda x, _: div(ONE, x))
+log2 = of_one(lambda x, _: div(Constant(1 / math.log(2)), x))
+log1p = of_one(lambda x, _: div(ONE, add(ONE, x)))
+sqrt = of_one(lambda _, y: div(HALF, y))
+rsqrt = of_one(lambda _, y: mul(Constant(-0.5), mul(y, mul(y, y))))
+tanh = of_one(lambda _, y: sub(ONE, mul(y, y)))
+sigmoid = of_one(lambda _, y: mul(y, sub(ONE, y)))
+relu = of_one(lambda x, _: where(Apply("gt", (x, ZERO)), ONE, ZERO))
+# exp(x) is y + 1 where x < 0.
+elu = of_one(lambda x, y: where(Apply("gt", (x, ZERO)), ONE, add(y, ONE)))
+softplus = of_one(lambda x, _: Apply("sigmoid", (x,)))
+sin = of_one(lambda x, _: Apply("cos", (x,)))
+cos = of_one(lambda x, _: neg(Apply("sin", (x,))))
+erf = of_one(lambda x, _: mul(Constant(2 / math.sqrt(math.pi)), Apply("exp", (neg(mul(x, x)),))))
+
+
+@of_one
 def gelu(x: Expr, y: Expr) -> Expr:
     """Φ(x) + x φ(x)."""
     del y
@@ -102,32 +126,8 @@ def gelu(x: Expr, y: Expr) -> Expr:
     return add(cdf, mul(x, density))
 
 
+@of_one
 def silu(x: Expr, y: Expr) -> Expr:
     """s + y (1 - s) with s = sigmoid(x)."""
     s = Apply("sigmoid", (x,))
     return add(s, mul(y, sub(ONE, s)))
-
-
-def erf(x: Expr, y: Expr) -> Expr:
-    del y
-    return mul(Constant(2 / math.sqrt(math.pi)), Apply("exp", (neg(mul(x, x)),)))
-
-
-def elu(x: Expr, y: Expr) -> Expr:
-    """1, or exp(x) = y + 1 where x < 0."""
-    return where(Apply("gt", (x, ZERO)), ONE, add(y, ONE))
-
-
-def rsqrt(x: Expr, y: Expr) -> Expr:
-    del x
-    return mul(Constant(-0.5), mul(y, mul(y, y)))
-
-
-def sigmoid(x: Expr, y: Expr) -> Expr:
-    del x
-    return mul(y, sub(ONE, y))
-
-
-def tanh(x: Expr, y: Expr) -> Expr:
-    del x
-    return sub(ONE, mul(y, y))

@@ -10,9 +10,8 @@ scalars and lane vectors alike. Triton: names starting with `attn_` are jit func
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar, cast
 
 import torch
@@ -24,7 +23,7 @@ from attncc.ir import torch_meaning as meaning
 from attncc.ir.derivatives import Derivative
 from attncc.ir.errors import IRError
 from attncc.ir.interval_rules import Bounds, IntervalRule
-from attncc.ir.nodes import Apply, Constant
+from attncc.ir.nodes import Apply
 from attncc.ir.types import Kind
 
 T = TypeVar("T")
@@ -114,8 +113,10 @@ def _row(
     cpp: ByKind[str],
     triton: ByKind[str],
     doc: str,
+    *,
+    derivative: Derivative | None = None,
 ) -> Operator:
-    return Operator(name, _signatures(overloads), function, interval, cpp, triton, doc)
+    return Operator(name, _signatures(overloads), function, interval, cpp, triton, doc, derivative)
 
 
 _EQUAL: ByKind[IntervalRule | None] = {B: rules.bool_eq, I: rules.number_eq, F: rules.number_eq}
@@ -129,16 +130,20 @@ _up = rules.increasing
 # fmt: off
 _ROWS = (
     # Arithmetic.
-    _row("neg", "I>I F>F", torch.neg, rules.falling("neg"), "(-{0})", "(-{0})", "-x"),
-    _row("add", "II>I FF>F", torch.add, _up("add"), "({0} + {1})", "({0} + {1})", "x + y"),
-    _row("sub", "II>I FF>F", torch.sub, rules.sub, "({0} - {1})", "({0} - {1})", "x - y"),
-    _row("mul", "II>I FF>F", torch.mul, {I: rules.int_mul, F: rules.float_mul}, "({0} * {1})", "({0} * {1})", "x * y"),
-    _row("div", "FF>F", torch.div, None, "({0} / {1})", "({0} / {1})", "x / y, of floats"),
+    _row("neg", "I>I F>F", torch.neg, rules.falling("neg"), "(-{0})", "(-{0})", "-x", derivative=d.linear(-1.0)),
+    _row("add", "II>I FF>F", torch.add, _up("add"), "({0} + {1})", "({0} + {1})", "x + y",
+         derivative=d.linear(1.0, 1.0)),
+    _row("sub", "II>I FF>F", torch.sub, rules.sub, "({0} - {1})", "({0} - {1})", "x - y",
+         derivative=d.linear(1.0, -1.0)),
+    _row("mul", "II>I FF>F", torch.mul, {I: rules.int_mul, F: rules.float_mul}, "({0} * {1})", "({0} * {1})", "x * y",
+         derivative=d.product),
+    _row("div", "FF>F", torch.div, None, "({0} / {1})", "({0} / {1})", "x / y, of floats", derivative=d.quotient),
     _row("floordiv", "II>I", meaning.floordiv, rules.floordiv, "floordiv_({0}, {1})", "attn_floordiv({0}, {1})",
          "x // y: rounds down; 0 where y is 0"),
     _row("mod", "II>I", meaning.mod, rules.mod, "mod_({0}, {1})", "attn_mod({0}, {1})",
          "x % y: has the sign of y; 0 where y is 0"),
-    _row("pow", "FF>F", torch.pow, None, "pow_({0}, {1})", "attn_pow({0}, {1})", "x ** y, of floats"),
+    _row("pow", "FF>F", torch.pow, None, "pow_({0}, {1})", "attn_pow({0}, {1})", "x ** y, of floats",
+         derivative=d.power),
     # Comparisons.
     _row("lt", "II>B FF>B", torch.lt, {I: rules.int_lt, F: rules.float_lt}, "({0} < {1})", "({0} < {1})", "x < y"),
     _row("le", "II>B FF>B", torch.le, {I: rules.int_le, F: rules.float_le}, "({0} <= {1})", "({0} <= {1})", "x <= y"),
@@ -159,34 +164,45 @@ _ROWS = (
          "where_({0}, {1}, {2})", "tl.where({0}, {1}, {2})", "x if c else y; the other one is not read"),
     _row("min", "II>I FF>F", torch.minimum, {I: _up("min"), F: None}, "min_({0}, {1})",
          {I: "tl.minimum({0}, {1})", F: "attn_min({0}, {1})"},
-         "the smaller"),
+         "the smaller", derivative=d.extreme("lt")),
     _row("max", "II>I FF>F", torch.maximum, {I: _up("max"), F: None}, "max_({0}, {1})",
          {I: "tl.maximum({0}, {1})", F: "attn_max({0}, {1})"},
-         "the greater"),
-    _row("abs", "I>I F>F", torch.abs, {I: rules.absolute, F: None}, "abs_({0})", "tl.abs({0})", "|x|"),
-    _row("sign", "I>I F>F", torch.sign, {I: _up("sign"), F: None}, "sign_({0})", "attn_sign({0})", "-1, 0 or 1"),
+         "the greater", derivative=d.extreme("gt")),
+    _row("abs", "I>I F>F", torch.abs, {I: rules.absolute, F: None}, "abs_({0})", "tl.abs({0})", "|x|",
+         derivative=d.absolute),
+    _row("sign", "I>I F>F", torch.sign, {I: _up("sign"), F: None}, "sign_({0})", "attn_sign({0})", "-1, 0 or 1",
+         derivative=d.flat),
     # Exponentials and their kin.
-    _row("exp", "F>F", torch.exp, None, "exp_({0})", "tl.exp({0})", "e ** x"),
-    _row("exp2", "F>F", torch.exp2, None, "exp2_({0})", "tl.exp2({0})", "2 ** x"),
-    _row("log", "F>F", torch.log, None, "log_({0})", "tl.log({0})", "natural logarithm"),
-    _row("log2", "F>F", torch.log2, None, "log2_({0})", "tl.log2({0})", "logarithm to base 2"),
-    _row("log1p", "F>F", torch.log1p, None, "log1p_({0})", "attn_log1p({0})", "log(1 + x), exact near 0"),
-    _row("sqrt", "F>F", torch.sqrt, None, "sqrt_({0})", "tl.sqrt({0})", "square root"),
-    _row("rsqrt", "F>F", torch.rsqrt, None, "rsqrt_({0})", "tl.rsqrt({0})", "1 / sqrt(x)"),
-    _row("tanh", "F>F", torch.tanh, None, "tanh_({0})", "attn_tanh({0})", "hyperbolic tangent"),
-    _row("sigmoid", "F>F", torch.sigmoid, None, "sigmoid_({0})", "attn_sigmoid({0})", "1 / (1 + exp(-x))"),
-    _row("relu", "I>I F>F", meaning.relu, {I: _up("relu"), F: None}, "relu_({0})", "attn_relu({0})", "max(x, 0)"),
-    _row("gelu", "F>F", meaning.gelu, None, "gelu_({0})", "attn_gelu({0})", "x times the normal distribution function"),
-    _row("silu", "F>F", torch.nn.functional.silu, None, "silu_({0})", "attn_silu({0})", "x * sigmoid(x)"),
-    _row("elu", "F>F", meaning.elu, None, "elu_({0})", "attn_elu({0})", "x, or exp(x) - 1 where x < 0"),
-    _row("softplus", "F>F", meaning.softplus, None, "softplus_({0})", "attn_softplus({0})", "log(1 + exp(x))"),
-    _row("sin", "F>F", torch.sin, None, "sin_({0})", "tl.sin({0})", "sine"),
-    _row("cos", "F>F", torch.cos, None, "cos_({0})", "tl.cos({0})", "cosine"),
-    _row("erf", "F>F", torch.erf, None, "erf_({0})", "tl.erf({0})", "error function"),
-    _row("floor", "F>F", torch.floor, _up("floor"), "floor_({0})", "tl.floor({0})", "greatest whole number <= x"),
-    _row("ceil", "F>F", torch.ceil, _up("ceil"), "ceil_({0})", "tl.ceil({0})", "least whole number >= x"),
+    _row("exp", "F>F", torch.exp, None, "exp_({0})", "tl.exp({0})", "e ** x", derivative=d.exp),
+    _row("exp2", "F>F", torch.exp2, None, "exp2_({0})", "tl.exp2({0})", "2 ** x", derivative=d.exp2),
+    _row("log", "F>F", torch.log, None, "log_({0})", "tl.log({0})", "natural logarithm", derivative=d.log),
+    _row("log2", "F>F", torch.log2, None, "log2_({0})", "tl.log2({0})", "logarithm to base 2", derivative=d.log2),
+    _row("log1p", "F>F", torch.log1p, None, "log1p_({0})", "attn_log1p({0})", "log(1 + x), exact near 0",
+         derivative=d.log1p),
+    _row("sqrt", "F>F", torch.sqrt, None, "sqrt_({0})", "tl.sqrt({0})", "square root", derivative=d.sqrt),
+    _row("rsqrt", "F>F", torch.rsqrt, None, "rsqrt_({0})", "tl.rsqrt({0})", "1 / sqrt(x)", derivative=d.rsqrt),
+    _row("tanh", "F>F", torch.tanh, None, "tanh_({0})", "attn_tanh({0})", "hyperbolic tangent", derivative=d.tanh),
+    _row("sigmoid", "F>F", torch.sigmoid, None, "sigmoid_({0})", "attn_sigmoid({0})", "1 / (1 + exp(-x))",
+         derivative=d.sigmoid),
+    _row("relu", "I>I F>F", meaning.relu, {I: _up("relu"), F: None}, "relu_({0})", "attn_relu({0})", "max(x, 0)",
+         derivative=d.relu),
+    _row("gelu", "F>F", meaning.gelu, None, "gelu_({0})", "attn_gelu({0})", "x times the normal distribution function",
+         derivative=d.gelu),
+    _row("silu", "F>F", torch.nn.functional.silu, None, "silu_({0})", "attn_silu({0})", "x * sigmoid(x)",
+         derivative=d.silu),
+    _row("elu", "F>F", meaning.elu, None, "elu_({0})", "attn_elu({0})", "x, or exp(x) - 1 where x < 0",
+         derivative=d.elu),
+    _row("softplus", "F>F", meaning.softplus, None, "softplus_({0})", "attn_softplus({0})", "log(1 + exp(x))",
+         derivative=d.softplus),
+    _row("sin", "F>F", torch.sin, None, "sin_({0})", "tl.sin({0})", "sine", derivative=d.sin),
+    _row("cos", "F>F", torch.cos, None, "cos_({0})", "tl.cos({0})", "cosine", derivative=d.cos),
+    _row("erf", "F>F", torch.erf, None, "erf_({0})", "tl.erf({0})", "error function", derivative=d.erf),
+    _row("floor", "F>F", torch.floor, _up("floor"), "floor_({0})", "tl.floor({0})", "greatest whole number <= x",
+         derivative=d.flat),
+    _row("ceil", "F>F", torch.ceil, _up("ceil"), "ceil_({0})", "tl.ceil({0})", "least whole number >= x",
+         derivative=d.flat),
     _row("round", "F>F", torch.round, _up("round"), "round_({0})", "attn_round({0})",
-         "nearest whole number, ties to even"),
+         "nearest whole number, ties to even", derivative=d.flat),
     # Bits of ints.
     _row("bit_and", "II>I", torch.bitwise_and, rules.bit_and, "({0} & {1})", "({0} & {1})", "x & y"),
     _row("bit_or", "II>I", torch.bitwise_or, None, "({0} | {1})", "({0} | {1})", "x | y"),
@@ -208,38 +224,4 @@ _ROWS = (
 )
 # fmt: on
 
-# Of floats. Kept apart from the rows above, which would not fit a line with it.
-_DERIVATIVES: dict[str, Derivative] = {
-    "neg": d.linear(-1.0),
-    "add": d.linear(1.0, 1.0),
-    "sub": d.linear(1.0, -1.0),
-    "mul": d.product,
-    "div": d.quotient,
-    "pow": d.power,
-    "min": d.extreme("lt"),
-    "max": d.extreme("gt"),
-    "abs": d.of_one(lambda x, _: Apply("sign", (x,))),
-    "sign": d.flat,
-    "exp": d.of_one(lambda _, y: y),
-    "exp2": d.of_one(lambda _, y: d.mul(Constant(math.log(2)), y)),
-    "log": d.of_one(lambda x, _: d.div(d.ONE, x)),
-    "log2": d.of_one(lambda x, _: d.div(Constant(1 / math.log(2)), x)),
-    "log1p": d.of_one(lambda x, _: d.div(d.ONE, d.add(d.ONE, x))),
-    "sqrt": d.of_one(lambda _, y: d.div(d.HALF, y)),
-    "rsqrt": d.of_one(d.rsqrt),
-    "tanh": d.of_one(d.tanh),
-    "sigmoid": d.of_one(d.sigmoid),
-    "relu": d.of_one(lambda x, _: d.where(Apply("gt", (x, d.ZERO)), d.ONE, d.ZERO)),
-    "gelu": d.of_one(d.gelu),
-    "silu": d.of_one(d.silu),
-    "elu": d.of_one(d.elu),
-    "softplus": d.of_one(lambda x, _: Apply("sigmoid", (x,))),
-    "sin": d.of_one(lambda x, _: Apply("cos", (x,))),
-    "cos": d.of_one(lambda x, _: d.neg(Apply("sin", (x,)))),
-    "erf": d.of_one(d.erf),
-    "floor": d.flat,
-    "ceil": d.flat,
-    "round": d.flat,
-}
-
-OPERATORS: dict[str, Operator] = {row.name: replace(row, derivative=_DERIVATIVES.get(row.name)) for row in _ROWS}
+OPERATORS: dict[str, Operator] = {row.name: row for row in _ROWS}

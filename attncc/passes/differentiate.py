@@ -126,7 +126,8 @@ def tangent_of(expr: Expr, part: Expr) -> Product | None:
             if partial is None or inner_tangent is None:
                 continue
             term = product_of(partial).times(inner_tangent)
-            total = term if total is None else total.plus(term)
-        return None if total is None or total.coefficient == 0.0 else total
+            if term.coefficient != 0.0:
+                total = term if total is None else total.plus(term)
+        return total
 
     return tangent(expr)
