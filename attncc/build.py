@@ -24,7 +24,8 @@ from attncc.source import Source
 from attncc.syntax import parse, use_cache_folder
 
 if TYPE_CHECKING:
-    from attncc.runtime.call import CompiledAttention, Sources
+    from attncc.runtime.call import CompiledAttention
+    from attncc.runtime.kernels import BackwardSources, Sources
 
 
 def build(
@@ -54,7 +55,7 @@ def build(
     folders = template_folders(templates)
     if target is not None:
         known_target(target, folders)
-    return CompiledAttention(attention, source.text, target, folders, sources_of)
+    return CompiledAttention(attention, source.text, target, folders, sources_of, backward_sources_of)
 
 
 def _keyword_for(value: object, source: Source) -> str:
@@ -108,3 +109,19 @@ def sources_of(
     program = plan_attention(attention, specialization, target)
     texts = tuple(render(plan, printer_of(plan), templates) for plan in program.kernels)
     return program, texts, render_run(program, templates)
+
+
+def backward_sources_of(
+    attention: Attention,
+    specialization: Specialization,
+    target: Target,
+    wanted: Sequence[str],
+    templates: Sequence[Path] = (),
+) -> BackwardSources:
+    """The kernels of a backward pass, and the source text of each. wanted: captured tensors that need a gradient."""
+    from attncc.emit.printers import printer_of
+    from attncc.emit.render import render
+    from attncc.plan.backward import plan_backward
+
+    program = plan_backward(attention, specialization, target, frozenset(wanted))
+    return program, tuple(render(plan, printer_of(plan), templates) for plan in program.kernels)

@@ -18,6 +18,7 @@ from attncc.ir.nodes import (
     Normalizer,
     ScalarParameter,
     Softmax,
+    Sum,
     TensorParameter,
     identity_row,
 )
@@ -74,7 +75,8 @@ def run(
     if key not in _programs:
         sources = sources_of(spec, specialization, Target("cpp", arch or native_arch()))
         _programs[key] = compile_program(*sources, cache.folder())
-    return _programs[key].run(q, k, v, bound, return_lse=True)
+    o, total = _programs[key].run(q, k, v, bound, return_total=True)
+    return o, total.log() if isinstance(spec.normalizer, Sum) and total is not None else total
 
 
 def bind(

@@ -204,13 +204,6 @@ REFUSALS = {
         v=_V[:, :, :1].expand(1, 2, 2**30 + 1, 8),
         words=("`k` has 1073741825 rows", "`v` has 1073741825 rows"),
     ),
-    "q that trains": refusal("plain", "A0611", q=_Q.clone().requires_grad_(), words=("`q` requires a gradient",)),
-    "bias that trains": refusal(
-        "biased", "A0611", bias=_BIAS.clone().requires_grad_(), words=("`bias` requires a gradient", "bias.detach()")
-    ),
-    "a scalar that trains": refusal(
-        "biased", "A0611", rate=torch.ones((), requires_grad=True), words=("`rate` requires a gradient",)
-    ),
     "lse of weights that are not divided": refusal(
         "sigmoid", "A0612", return_lse=True, words=("`gated` has no lse", "normalize = sum")
     ),

@@ -43,7 +43,7 @@ class Recorded:
 
     def check(self, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
         """Runs it, checks what it gives by the error rule, and tells what was launched, in order."""
-        o, lse = self.program.run(q, k, v, bind(self.spec, q, k, v, self.inputs, None), return_lse=True)
+        o, lse = self.program.run(q, k, v, bind(self.spec, q, k, v, self.inputs, None), return_total=True)
         check_kernel(o, lse, self.spec, q, k, v, self.inputs)
         return self.launched
 

@@ -341,3 +341,13 @@ class BackwardProgram:
     specialization: Specialization
     target: Target
     operand_heads: Literal["H", "HKV"]
+
+    @property
+    def kernels(self) -> tuple[KernelPlan, ...]:
+        """In the order of launch."""
+        tiles = () if self.tiles is None else (self.tiles,)
+        return (*self.rows, *tiles, self.backward, *self.transposed, *(part.rows for part in self.row_adjoints))
+
+    @property
+    def spec(self) -> Attention:
+        return self.backward.spec

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +12,13 @@ from torch import Tensor
 from attncc import reference
 from attncc.diagnostics import CallError
 from attncc.explain import explain
-from attncc.ir.nodes import Attention, Elementwise
-from attncc.ir.text import to_text
-from attncc.plan.nodes import Program, Specialization, Target
-from attncc.runtime import cache
-from attncc.runtime.arguments import DTYPES, Bound, Mismatch, Signature, preferred_dtype
-from attncc.runtime.errors import NoGradient, NoLse
-from attncc.runtime.programs import CompiledProgram, compile_program
+from attncc.ir.nodes import Attention, Elementwise, Sum
+from attncc.plan.nodes import Specialization, Target
+from attncc.runtime.arguments import DTYPES, Mismatch, Signature, preferred_dtype
+from attncc.runtime.autograd import attend, needs_gradients
+from attncc.runtime.errors import NoLse
+from attncc.runtime.kernels import Kernels, MakeBackwardSources, MakeSources, Sources
 from attncc.runtime.refusals import by_position, reads_outside, refuse
-from attncc.runtime.targets import parse, resolve
-
-# The plans, their sources, and that of the module that launches them.
-Sources = tuple[Program, tuple[str, ...], str]
-MakeSources = Callable[[Attention, Specialization, Target, Sequence[Path]], Sources]
 
 
 class CompiledAttention:
@@ -44,23 +36,21 @@ class CompiledAttention:
         target: str | None,
         templates: Sequence[Path],
         make_sources: MakeSources,
+        make_backward_sources: MakeBackwardSources,
     ) -> None:
         self.attention = attention
         self.text = text
-        self._signature = Signature(attention)
-        self._target = target
         self.templates = tuple(templates)
-        self._make_sources = make_sources
+        self._signature = Signature(attention)
+        self.kernels = Kernels(attention, target, templates, make_sources, make_backward_sources)
         self._has_lse = not isinstance(attention.normalizer, Elementwise)
-        self._programs: dict[object, CompiledProgram] = {}
-        self._lock = threading.Lock()
-        self._built: dict[tuple[Specialization, Target], Sources] = {}
+        self._divides_by_sum = isinstance(attention.normalizer, Sum)
 
     def __repr__(self) -> str:
         defaults = self._signature.defaults
         inputs = [f"{p.name}={defaults[p.name]}" if p.name in defaults else p.name for p in self.attention.parameters]
         arguments = ", ".join(["q, k, v", *(["*", *inputs] if inputs else [])])
-        target = "the device of q" if self._target is None else self._target
+        target = "the device of q" if self.kernels.target is None else self.kernels.target
         return f"<CompiledAttention {self.attention.name}({arguments}) for {target}>"
 
     def __call__(
@@ -90,15 +80,14 @@ class CompiledAttention:
             raise refuse(self._signature, {"q": q, "k": k, "v": v}, q_offset, inputs) from None
         if return_lse and not self._has_lse:
             raise CallError(NoLse(None, self.attention.name))
-        if torch.is_grad_enabled():
-            self._refuse_gradients({"q": q, "k": k, "v": v, **inputs})
-        sizes = bound.sizes
-        key = (q.dtype, sizes.D, sizes.E, q.device, *[tensor.dtype for tensor in bound.tensors.values()])
-        program = self._programs.get(key)
-        if program is None:
-            program = self._compile(key, q, bound)
-        o, lse = program.run(q, k, v, bound, return_lse)
-        return (o, lse) if return_lse else o
+        if torch.is_grad_enabled() and needs_gradients(q, k, v, bound):
+            o, lse = attend(self.kernels, q, k, v, bound)
+        else:
+            o, lse = self.kernels.forward(q, k, v, bound, return_lse)
+        if not return_lse:
+            return o
+        # A kernel of `normalize = sum` gives the sum itself.
+        return o, lse.log() if self._divides_by_sum and lse is not None else lse
 
     def reference(
         self,
@@ -133,7 +122,7 @@ class CompiledAttention:
         self, *, dtype: torch.dtype = torch.float32, head_dim: int = 64, head_dim_v: int | None = None
     ) -> dict[str, str]:
         """The source of each kernel by its name: of all that have been compiled so far, or else for these types."""
-        built = list(self._built.values()) or [self.sources(self._specialization(dtype, head_dim, head_dim_v))]
+        built = list(self.kernels.built.values()) or [self.sources(self._specialization(dtype, head_dim, head_dim_v))]
         return {
             plan.name: text for program, texts, _ in built for plan, text in zip(program.kernels, texts, strict=True)
         }
@@ -141,43 +130,14 @@ class CompiledAttention:
     def explain(self, *, dtype: torch.dtype = torch.float32, head_dim: int = 64, head_dim_v: int | None = None) -> str:
         """What was derived from the specification, what was chosen, and why not something else; with the plan of the
         last program that was compiled, or else for these types."""
-        built = list(self._built.values()) or [self.sources(self._specialization(dtype, head_dim, head_dim_v))]
+        built = list(self.kernels.built.values()) or [self.sources(self._specialization(dtype, head_dim, head_dim_v))]
         return explain(self.text, self.attention, built[-1][0])
 
     def sources(self, specialization: Specialization, target: Target | None = None) -> Sources:
         """The plans of one specialization, their sources, and that of the module that launches them; from the cache
         folder where they have been made before."""
-        target = target or self._default_target()
-        files = cache.fingerprint(self.templates)
-        key = cache.key_of(
-            "program", cache.compiler_fingerprint(), to_text(self.attention), specialization, target, files
-        )
-        return cache.remember(key, lambda: self._make_sources(self.attention, specialization, target, self.templates))
-
-    def _default_target(self) -> Target:
-        if self._target is not None:
-            return parse(self._target, self.templates)
-        return resolve(None, torch.device("cpu"), self.templates)
+        return self.kernels.sources(specialization, target)
 
     def _specialization(self, dtype: torch.dtype, head_dim: int, head_dim_v: int | None) -> Specialization:
         tensors = tuple((p.name, preferred_dtype(p)) for p in self.attention.tensors)
         return Specialization(DTYPES[dtype], head_dim, head_dim_v or head_dim, tensors)
-
-    def _compile(self, key: object, q: Tensor, bound: Bound) -> CompiledProgram:
-        tensors = tuple((name, DTYPES[tensor.dtype]) for name, tensor in bound.tensors.items())
-        specialization = Specialization(DTYPES[q.dtype], bound.sizes.D, bound.sizes.E, tensors)
-        with self._lock:
-            if key not in self._programs:
-                target = resolve(self._target, q.device, self.templates)
-                sources = self.sources(specialization, target)
-                self._built[specialization, target] = sources
-                self._programs[key] = cache.in_folder(partial(compile_program, *sources))
-            return self._programs[key]
-
-    @staticmethod
-    def _refuse_gradients(arguments: dict[str, Any]) -> None:
-        reasons = [
-            NoGradient(None, name) for name, value in arguments.items() if getattr(value, "requires_grad", False)
-        ]
-        if reasons:
-            raise CallError(*reasons)

@@ -1,6 +1,8 @@
 """Compiled programs: all kernels of one specialization behind one function.
 
-    program.run(q, k, v, bound, return_lse) -> (o, lse or None)
+    program.run(q, k, v, bound, return_total) -> (o, total or None)
+
+total (B, H, M) is what each row of weights was divided by: its log, lse, for softmax, itself for `normalize = sum`.
 
 `run` trusts its arguments (`attncc.runtime.arguments` has bound them); it only makes last axes contiguous.
 """
@@ -28,7 +30,7 @@ Result = tuple[Tensor, Tensor | None]
 class CompiledProgram(Protocol):
     """What every backend makes of a program."""
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound, return_lse: bool) -> Result: ...
+    def run(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound, return_total: bool) -> Result: ...
 
 
 def compile_program(program: Program, sources: Sequence[str], launcher: str, folder: Path) -> CompiledProgram:
@@ -44,9 +46,9 @@ class CppProgram:
         self._launch = tuple(kernel.launch_packed for kernel in kernels)
         self._run = _run_of(launcher, f"{program.spec.name}_run")
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound, return_lse: bool) -> Result:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound, return_total: bool) -> Result:
         q, k, v = _contiguous(q), _contiguous(k), _contiguous(v)
-        return self._run(self._launch, q, k, v, bound.inputs, bound.q_offset, return_lse)
+        return self._run(self._launch, q, k, v, bound.inputs, bound.q_offset, return_total)
 
 
 def _run_of(launcher: str, name: str) -> Callable[..., Result]:
@@ -69,7 +71,7 @@ class TritonProgram:
         self._program = program
         self._kernels = [compile_triton(p, s, folder) for p, s in zip(program.kernels, sources, strict=True)]
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound, return_lse: bool) -> Result:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound, return_total: bool) -> Result:
         sizes, forward = bound.sizes, self._program.forward
         o = torch.empty((sizes.B, sizes.H, sizes.M, sizes.E), dtype=q.dtype, device=q.device)
         lse = None
@@ -77,7 +79,7 @@ class TritonProgram:
             dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
             lse = torch.empty((sizes.B, sizes.H, sizes.M), dtype=dtype, device=q.device)
         if not o.numel():
-            return o, lse if return_lse else None
+            return o, lse if return_total else None
         operands = {"q": _contiguous(q), "k": _contiguous(k), "v": _contiguous(v)}
         tensors, scalars = bound.tensors, bound.scalars | {GROUP_SIZE: sizes.H // sizes.HKV}
         inner = sizes
@@ -107,7 +109,7 @@ class TritonProgram:
                         scalars,
                         tables,
                     )
-        return o, lse if return_lse else None
+        return o, lse if return_total else None
 
 
 def _contiguous(x: Tensor) -> Tensor:

@@ -1,0 +1,170 @@
+"""Gradients of captured tensors, from what the kernels have added up.
+
+A kernel gives the gradient of a part of the specification, one entry per head, query, key or distance. The way from
+the tensor to the part (index map, and whatever is computed of it) is taken here, once per entry, by PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attncc.eager import Environment, torch_value
+from attncc.ir.nodes import Expr, Load, Parameter
+from attncc.ir.rewrite import substitute, walk
+from attncc.ir.types import DType, Kind
+from attncc.passes.variance import variance
+from attncc.plan.nodes import GROUP_SIZE, BackwardProgram
+from attncc.runtime.arguments import Bound
+from attncc.runtime.backward import Gradients
+
+# The axes of what a kernel adds up, by the coordinate that each is along.
+_AXES: dict[str, tuple[str, ...]] = {
+    "head": ("b", "h"),
+    "row": ("b", "h", "q"),
+    "column": ("b", "h", "kv"),
+    "diagonal": ("b", "h", "distance"),
+}
+
+
+def captured_gradients(
+    program: BackwardProgram, bound: Bound, found: Gradients, total: Tensor | None, wanted: Sequence[str]
+) -> dict[str, Tensor]:
+    """The gradient of each captured tensor in `wanted`, in its type and shape."""
+    inputs = _widened(program, bound)
+    leaves = {name: inputs[name].detach().contiguous() for name in wanted}
+    sums = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    for part, axes, entries, heads in _parts(program, bound, inputs, found, total):
+        if not axes:
+            assert isinstance(part, Load)
+            sums[part.tensor] += entries
+            continue
+        summed = [axis for axis, name in enumerate(axes) if name not in variance(part) | {"distance"}]
+        if summed:
+            entries = _sum(entries, summed)  # noqa: PLW2901
+        env = _environment(axes, entries.shape, heads, bound, inputs)
+        for name, gradient in _through(part, entries, env, leaves).items():
+            sums[name] += gradient
+    return {name: gradient.to(bound.tensors[name].dtype) for name, gradient in sums.items()}
+
+
+def _widened(program: BackwardProgram, bound: Bound) -> dict[str, Any]:
+    """The inputs of the call, floats in the type that kernels compute in."""
+    wide = torch.float64 if program.specialization.dtype is DType.F64 else torch.float32
+    tensors = {name: x.to(wide) if x.is_floating_point() else x for name, x in bound.tensors.items()}
+    return {**bound.scalars, **tensors, GROUP_SIZE: bound.sizes.H // max(bound.sizes.HKV, 1)}
+
+
+def _parts(
+    program: BackwardProgram, bound: Bound, inputs: Mapping[str, Any], found: Gradients, total: Tensor | None
+) -> Iterator[tuple[Expr, tuple[str, ...], Tensor, str]]:
+    """Each part, the coordinates of the axes of its gradient (none where it is that of a tensor itself), the gradient,
+    and whose heads it has."""
+    for adjoint, entries in zip(program.backward.adjoints, found.adjoints, strict=True):
+        yield adjoint.part, _AXES.get(adjoint.along, ()), entries, "H"
+    for adjoint, entries in zip(program.row_adjoints, found.row_adjoints, strict=True):
+        position = "q" if adjoint.rows.row == "q" else "kv"
+        yield adjoint.part, ("b", "h", position, "d"), entries, adjoint.rows.heads
+    if program.sink is not None:
+        assert found.delta is not None
+        assert total is not None
+        env = _environment(_AXES["row"], found.delta.shape, "H", bound, inputs)
+        # The share of the sink in each row's sum; a row that has no sum has no gradient.
+        share = torch.exp(torch_value(program.sink, env) - total).where(total > -torch.inf, 0.0)
+        yield program.sink, _AXES["row"], -share * found.delta, "H"
+
+
+def _through(part: Expr, entries: Tensor, env: Environment, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of the tensors that `part` reads, from that of the part."""
+    if entries.numel() == 0:
+        return {}
+    loads = dict.fromkeys(node for node in walk(part) if isinstance(node, Load) and node.tensor in leaves)
+    names: dict[Expr, Expr] = {load: Parameter(f"_{number}", Kind.FLOAT) for number, load in enumerate(loads)}
+    used = sorted({load.tensor for load in loads})
+    with torch.enable_grad():
+        read = {name: leaves[name].detach().requires_grad_() for name in used}
+        values = {f"_{number}": _read(read[load.tensor], load, env) for number, load in enumerate(loads)}
+        env = replace(env, inputs={**env.inputs, **values})
+        value = torch_value(substitute(part, names), env).broadcast_to(entries.shape)
+        gradients = torch.autograd.grad(value, [read[name] for name in used], entries.to(value.dtype))
+    return dict(zip(used, gradients, strict=True))
+
+
+def _read(tensor: Tensor, load: Load, env: Environment) -> Tensor:
+    """What `torch_value` gives for a load, with a gradient that is the same in every run."""
+    places = [torch_value(i, env).clamp(0, size - 1) for i, size in zip(load.indices, tensor.shape, strict=True)]
+    if 0 in tensor.shape:
+        return (tensor.sum() * 0).expand(torch.broadcast_shapes(*(place.shape for place in places)))
+    flat = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for place, stride in zip(places, tensor.stride(), strict=True):
+        flat = flat + place * stride
+    return _Read.apply(tensor, flat)  # type: ignore[no-any-return]
+
+
+class _Read(torch.autograd.Function):
+    """tensor.flatten()[places]. PyTorch's own gradient of it adds up in the order in which threads come by."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(places)
+        ctx.shape = tensor.shape
+        return tensor.reshape(-1)[places]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (places,) = ctx.saved_tensors
+        places, values = places.expand(gradient.shape).flatten(), gradient.flatten()
+        result = torch.zeros(ctx.shape.numel(), dtype=gradient.dtype, device=gradient.device)
+        # One after the other on a CPU, sorted on a GPU.
+        if gradient.device.type == "cpu":
+            result.index_add_(0, places, values)
+        else:
+            result.index_put_((places,), values, accumulate=True)
+        return result.reshape(ctx.shape), None
+
+
+def _sum(entries: Tensor, axes: list[int]) -> Tensor:
+    """The sum along some axes, which stay. On a CPU in an order that does not depend on the number of threads."""
+    if entries.device.type == "cpu":
+        return torch.from_numpy(entries.numpy().sum(axis=tuple(axes), keepdims=True))
+    return entries.sum(axes, keepdim=True)
+
+
+def _environment(
+    axes: Sequence[str], shape: torch.Size, heads: str, bound: Bound, inputs: Mapping[str, Any]
+) -> Environment:
+    """The coordinates along `axes`, each from 0 on; 0 where there is no such axis."""
+    sizes = bound.sizes
+    group = inputs[GROUP_SIZE]
+    device = next(iter(bound.tensors.values())).device
+
+    def along(name: str) -> Tensor:
+        if name not in axes:
+            return torch.zeros((), dtype=torch.int64, device=device)
+        axis = axes.index(name)
+        return torch.arange(shape[axis], device=device).reshape([-1 if i == axis else 1 for i in range(len(axes))])
+
+    head = along("h") if heads == "H" else along("h") * group
+    row = along("distance") - (sizes.N - 1) if "distance" in axes else along("q")  # distances are from key 0
+    indices = {
+        "b": along("b"),
+        "h": head,
+        "hkv": head // max(group, 1),
+        "q_row": row,
+        "q_idx": row + bound.q_offset,
+        "kv_idx": along("kv"),
+        "d": along("d"),
+    }
+    floating = next(x.dtype for x in inputs.values() if isinstance(x, Tensor) and x.is_floating_point())
+    return Environment(
+        indices=indices,
+        sizes={**sizes._asdict(), "q_offset": bound.q_offset},
+        inputs=inputs,
+        holes={},
+        floating=floating,
+        rows={},
+    )
