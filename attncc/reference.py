@@ -328,15 +328,15 @@ def _softmax(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """exp(score - m) as a matrix, the rows' sums (1 where there is nothing to sum) and lse; m is the row's maximum.
 
-    `extra` is one more score per row, that of no key: the sink, or -inf. It also gives every row a maximum.
+    `extra` is one more score per row, that of no key: the sink, or -inf. It also gives every row a maximum. A sink of
+    +inf is the limit of ever greater ones: it takes all weight.
     """
     dense = torch.full(shape, -torch.inf, dtype=score.dtype).index_put((row, column), score)
     last = torch.as_tensor(extra, dtype=score.dtype).broadcast_to(shape[0])[:, None]
-    scores = torch.cat([dense, last], 1)
-    m = scores.detach().amax(1)
+    m = torch.cat([dense, last], 1).detach().amax(1, keepdim=True)
     m = torch.where(m == -torch.inf, 0, m)
-    p = torch.exp(scores - m[:, None])
+    p = torch.exp(torch.cat([dense - m, torch.where(last == torch.inf, 0, last - m)], 1))
     total = p.sum(1)
     nothing = total == 0
     total = torch.where(nothing, 1, total)
-    return p[:, :-1], total, torch.where(nothing, -torch.inf, m + total.log())
+    return p[:, :-1], total, torch.where(nothing, -torch.inf, m.squeeze(1) + total.log())

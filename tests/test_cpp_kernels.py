@@ -224,6 +224,20 @@ def test_sinks(dtype: torch.dtype, arch: str) -> None:
 
 @ARCHS
 @DTYPES
+@pytest.mark.parametrize("sink", [math.inf, 3e38, -3e38])
+def test_a_sink_without_bounds(sink: float, dtype: torch.dtype, arch: str) -> None:
+    """All weight goes to one that is far above the scores, none to one far below: o is 0 or as without it."""
+    spec = attention(
+        mask=op("lt", KV, op("sub", Q, 20)),
+        normalizer=Softmax(load("sinks", H)),
+        parameters=(TensorParameter("sinks", FLOATS, (Size("H"),)),),
+    )
+    q, k, v = operands(dtype, H=3)
+    check(spec, q, k, v, arch=arch, sinks=torch.full((3,), sink))
+
+
+@ARCHS
+@DTYPES
 @pytest.mark.parametrize("kind", [Sum, Elementwise])
 def test_weights_without_softmax(kind: type[Sum | Elementwise], dtype: torch.dtype, arch: str) -> None:
     weight = op("mul", op("relu", Hole("score")), op("relu", Hole("score")))

@@ -159,6 +159,24 @@ def test_sink_takes_weight_and_keeps_empty_rows_at_zero() -> None:
     assert (o[:, :, 0] == 0).all()
 
 
+def test_a_sink_of_infinity_takes_all_weight() -> None:
+    q, k, v = (x.requires_grad_() for x in qkv())
+    sinks = torch.tensor([torch.inf, 1e300, -1e300, 0.0], dtype=torch.float64, requires_grad=True)
+    a = spec(
+        parameters=(TensorParameter("sinks", FLOATS, (Size("H"),)),),
+        normalizer=Softmax(Load("sinks", (H,), Kind.FLOAT)),
+    )
+    o, lse = evaluate(a, q, k, v, {"sinks": sinks})
+    assert lse is not None
+    assert (o[:, :2] == 0).all()
+    assert torch.equal(lse[:, :2], sinks[:2, None].expand(2, 2, 5))
+    scores = q @ grouped(k, 4).mT / math.sqrt(3)
+    close(lse[:, 2], scores[:, 2].logsumexp(-1))
+    (o.sum() + lse[:, 1:].sum()).backward()
+    for x in (q, k, v, sinks):
+        assert x.grad is not None and x.grad.isfinite().all()
+
+
 def test_elementwise_and_sum() -> None:
     q, k, v = qkv()
     weight = op("sub", op("sigmoid", Hole("score")), Constant(0.25))

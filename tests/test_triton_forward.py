@@ -150,6 +150,11 @@ def test_every_spec_and_dtype(name: str, dtype: torch.dtype) -> None:
     check(spec, dtype, inputs=inputs, **sizes)
 
 
+@pytest.mark.parametrize("sink", [float("inf"), 3e38, -3e38])
+def test_a_sink_without_bounds(sink: float) -> None:
+    check(SPECS["sink"][0], torch.float32, M=40, N=50, inputs=lambda sizes: {"sinks": torch.full((sizes["H"],), sink)})
+
+
 def test_the_specs_above_use_every_strategy() -> None:
     assert {strategy_of(spec) for spec, _, _ in SPECS.values()} == {"bounds", "scan", "list"}
 

@@ -242,9 +242,12 @@ def _plan_forward(attention: Attention, specialization: Specialization, target: 
 
 
 def folds_scale(attention: Attention, scale: Expr) -> bool:
-    """Whether a kernel may leave the scores unscaled and multiply within the exponential."""
+    """Whether a kernel may leave the scores unscaled and multiply within the exponential.
+
+    Not beside a sink: in the units of unscaled scores one of 1e38 would be infinite.
+    """
     return (
-        isinstance(attention.normalizer, Softmax)
+        attention.normalizer == Softmax()
         and attention.score == Hole("qk")
         and isinstance(scale, Constant)
         and scale.value > 0
