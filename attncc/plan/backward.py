@@ -13,6 +13,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from attncc.diagnostics import BuildError
+from attncc.ir.blocks import BlockStructure
 from attncc.ir.nodes import Apply, Attention, Constant, Expr, Hole, Load, RowName, Softmax, identity_row
 from attncc.ir.rewrite import substitute
 from attncc.ir.types import DType
@@ -21,6 +22,7 @@ from attncc.passes.differentiate import Product, tangent_of
 from attncc.passes.differentiate_rows import NotItsOwnInverse, part_gradient, transposed_row
 from attncc.passes.parts import learned_elements, learned_parts
 from attncc.passes.simplify import simplify_expr
+from attncc.passes.transpose import transposed_block_structure
 from attncc.plan.build import (
     PAIR_LEVELS,
     PAIR_SUFFIXES,
@@ -36,6 +38,7 @@ from attncc.plan.build import (
     reserved,
     scalars_in,
     specialize,
+    tables_of,
     tensors_in,
     values_of,
     varies_with_head,
@@ -53,9 +56,10 @@ from attncc.plan.nodes import (
     Specialization,
     Target,
     Tile,
+    TilesPlan,
 )
 from attncc.plan.stage import Stager, share_all
-from attncc.plan.triton_tiles import choose_backward_tile as choose_triton_tile
+from attncc.plan.triton_tiles import choose_backward_tiles as choose_triton_tiles
 
 ROWS: tuple[RowName, ...] = ("q", "k", "v")
 
@@ -77,11 +81,11 @@ def plan_backward(
         if getattr(attention, row) != identity_row(row) or (per_query_head and row != "q")
     )
     backward = _plan_pairs(attention, specialization, target, wanted)
-    tiled = backward.blocks.summaries or backward.blocks.strategy == "list"
     sink = attention.normalizer.sink if isinstance(attention.normalizer, Softmax) else None
     return BackwardProgram(
         rows=rows,
-        tiles=plan_tiles(backward) if tiled else None,
+        tiles=plan_tiles(backward) if backward.blocks.summaries or backward.blocks.strategy == "list" else None,
+        key_tiles=_plan_key_tiles(backward),
         backward=backward,
         transposed=tuple(_plan_transposed(forward) for forward in rows),
         row_adjoints=tuple(adjoint for forward in rows for adjoint in _row_adjoints(forward, wanted)),
@@ -145,12 +149,16 @@ def _plan_pairs(
     )
     dot_factor = stager.hoist(dot_factor)
     mask = None if attention.mask == Constant(True) else stager.staged(attention.mask)
-    blocks = hoisted_blocks(block_structure(attention.mask), stager)
+    blocks, key_blocks = _structures(attention.mask, target)
+    blocks = hoisted_blocks(blocks, stager)
+    key_blocks = None if key_blocks is None else hoisted_blocks(key_blocks, stager)
     levels = {level: stager.bindings(level) for level in PAIR_LEVELS}
 
     used: list[Expr] = [scale, dot_factor, *values_of(*levels.values()), *block_exprs(blocks)]
+    used += [] if key_blocks is None else block_exprs(key_blocks)
     used += [*pair.values, *values_of(pair.bindings), *(place for place in places if place is not None)]
     used += [] if mask is None else [mask.value, *values_of(mask.bindings)]
+    tile, key_tile = _choose_tiles(specialization, target)
     return BackwardPlan(
         kernel="backward",
         name=f"{attention.name}_backward",
@@ -170,9 +178,30 @@ def _plan_pairs(
         normalizer=normalizer,
         writes_delta=sink is not None and bool(learned_parts(sink, wanted)),
         blocks=blocks,
-        tile=_choose_tile(specialization, target),
+        tile=tile,
+        key_blocks=key_blocks,
+        key_tile=key_tile,
         **levels,
     )
+
+
+def _structures(mask: Expr, target: Target) -> tuple[BlockStructure, BlockStructure | None]:
+    """Which keys a tile of queries sees and, for Triton, which queries a tile of keys: both over the same summaries."""
+    structure = block_structure(mask)
+    if target.backend == "cpp":
+        return structure, None
+    transposed = transposed_block_structure(mask)
+    summaries = tuple(dict.fromkeys((*structure.summaries, *transposed.summaries)))
+    return replace(structure, summaries=summaries), replace(transposed, summaries=summaries)
+
+
+def _plan_key_tiles(plan: BackwardPlan) -> TilesPlan | None:
+    """The tables that `plan` reads with its tiles of keys."""
+    if plan.key_blocks is None or plan.key_tile is None or not plan.key_blocks.summaries:
+        return None
+    _, structure = _structures(plan.spec.mask, plan.target)
+    assert structure is not None
+    return tables_of(plan, structure, plan.key_tile, f"{plan.name}_key_tiles")
 
 
 def _pair_value(attention: Attention, weight: Expr | None, *, fold_scale: bool) -> Expr:
@@ -195,6 +224,8 @@ def _factored(product: Product) -> tuple[Expr, Product]:
     return outer.expr(), replace(product, coefficient=1.0, factors=rest_factors, divisors=rest_divisors)
 
 
-def _choose_tile(specialization: Specialization, target: Target) -> Tile:
+def _choose_tiles(specialization: Specialization, target: Target) -> tuple[Tile, Tile | None]:
     sizes = (specialization.dtype, specialization.head_dim_qk, specialization.head_dim_v)
-    return (choose_cpp_tile if target.backend == "cpp" else choose_triton_tile)(target.arch, *sizes)
+    if target.backend == "cpp":
+        return choose_cpp_tile(target.arch, *sizes), None
+    return choose_triton_tiles(target.arch, *sizes)

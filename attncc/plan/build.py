@@ -350,14 +350,21 @@ def hoisted_blocks(blocks: BlockStructure, stager: Stager) -> BlockStructure:
 
 def plan_tiles(plan: ForwardPlan | BackwardPlan) -> TilesPlan:
     """The tables that `plan` reads, from the same expressions and the same tiles."""
+    name = f"{plan.name.removesuffix('_forward')}_tiles"
+    structure = replace(block_structure(plan.spec.mask), summaries=plan.blocks.summaries)
+    return tables_of(plan, structure, plan.tile, name)
+
+
+def tables_of(plan: ForwardPlan | BackwardPlan, structure: BlockStructure, tile: Tile, name: str) -> TilesPlan:
+    """The tables of a block structure for tiles of that size."""
     stager = Stager(PAIR_LEVELS, PAIR_SUFFIXES, pair_level, reserved(plan.spec))
-    blocks = hoisted_blocks(block_structure(plan.spec.mask), stager)
+    blocks = hoisted_blocks(structure, stager)
     call, head = stager.bindings("call"), stager.bindings("head")
     used = [*values_of(call, head), *block_exprs(blocks)]
     names = {node.tensor for expr in used for node in walk(expr) if isinstance(node, Load)}
     return TilesPlan(
         kernel="tiles",
-        name=f"{plan.name.removesuffix('_forward')}_tiles",
+        name=name,
         spec=plan.spec,
         target=plan.target,
         tensors=tuple(t for t in plan.tensors if t.name in names),
@@ -365,7 +372,7 @@ def plan_tiles(plan: ForwardPlan | BackwardPlan) -> TilesPlan:
         call=call,
         head=head,
         blocks=blocks,
-        tile=plan.tile,
+        tile=tile,
     )
 
 

@@ -236,6 +236,9 @@ class BackwardPlan:
                  within the exponential
     dot_factor   a head-level or outer value, applied once per element of dq and dk
     writes_delta the launcher wants delta (B, H, M): a sink has a gradient
+    key_blocks   Triton: which queries a tile of keys sees (`attncc.passes.transpose`), and
+    key_tile     its tiles, for the kernel of dk and dv; `blocks` and `tile` are for that of dq. Both structures list
+                 the same summaries
     """
 
     kernel: Literal["backward"]
@@ -261,12 +264,15 @@ class BackwardPlan:
     writes_delta: bool
     blocks: BlockStructure
     tile: Tile
+    key_blocks: BlockStructure | None
+    key_tile: Tile | None
 
 
 @dataclass(frozen=True, slots=True)
 class TilesPlan:
     """Fills the summary tables and, for the list strategy, the lists of live tiles that a `ForwardPlan` reads.
 
+    A backward plan's `key_blocks` and `key_tile` have tables of their own, and no lists.
     Tables: one per `blocks.summaries` entry, in that order, shape (B or 1, H or 1, ceil(N / block_n)) by what the load
     varies with; ceil(M / block_m) instead for a summary of axis "q". Lists (per b, h where the mask varies with them;
     per tile of queries): offsets into one array of entries `tile * 2 + full`, ascending.
@@ -284,6 +290,8 @@ class TilesPlan:
     tile: Tile
 
 
+# Kernels that visit pairs of a query and a key.
+PairsPlan: TypeAlias = ForwardPlan | BackwardPlan
 KernelPlan: TypeAlias = RowsPlan | ForwardPlan | BackwardPlan | TilesPlan
 
 
@@ -326,6 +334,7 @@ class BackwardProgram:
 
     rows          transforms of rows, as in the forward pass: computed again rather than kept
     tiles         the tables of `backward`, if it has any
+    key_tiles     those of its `key_blocks`
     backward      gradients of the transformed rows, and adjoints
     transposed    gradients of the rows as they came, from those: of q, k, v, where they have a transform
     row_adjoints  what captured tensors get through transforms
@@ -334,6 +343,7 @@ class BackwardProgram:
 
     rows: tuple[RowsPlan, ...]
     tiles: TilesPlan | None
+    key_tiles: TilesPlan | None
     backward: BackwardPlan
     transposed: tuple[RowsPlan, ...]
     row_adjoints: tuple[RowAdjoint, ...]
@@ -345,7 +355,7 @@ class BackwardProgram:
     @property
     def kernels(self) -> tuple[KernelPlan, ...]:
         """In the order of launch."""
-        tiles = () if self.tiles is None else (self.tiles,)
+        tiles = tuple(plan for plan in (self.tiles, self.key_tiles) if plan is not None)
         return (*self.rows, *tiles, self.backward, *self.transposed, *(part.rows for part in self.row_adjoints))
 
     @property

@@ -153,10 +153,10 @@ def power_of_two(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def choose_backward_tile(arch: str, dtype: DType, head_dim_qk: int, head_dim_v: int) -> TritonTile:
-    """The tile of both backward kernels."""
+def choose_backward_tiles(arch: str, dtype: DType, head_dim_qk: int, head_dim_v: int) -> tuple[TritonTile, TritonTile]:
+    """The tiles of the kernels of dq, and of dk and dv."""
     if arch == "interpret":
-        return INTERPRET
+        return INTERPRET, INTERPRET
     if dtype in (DType.F32, DType.F64):
-        return TritonTile(32, 32, 8, 1)
-    return TritonTile(64, 64 if max(head_dim_qk, head_dim_v) > 64 else 128, 8, 2)
+        return TritonTile(32, 32, 8, 1), TritonTile(32, 32, 8, 1)
+    return TritonTile(128, 64, 8, 2), TritonTile(64, 128, 8, 2)
