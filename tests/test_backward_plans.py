@@ -31,7 +31,7 @@ SPECS = {
     "dense bias": "attention f(bias: float[H, M, N]):\n    score = qk + sigmoid(bias[h, q_row, kv_idx])\n",
     "gathered bias": "attention f(bias: float[4, 4]):\n    score = qk + bias[q_idx % 4, kv_idx % 4]\n",
     "0-d scalar": "attention f(t: float[]):\n    score = softcap(qk, t)\n    mask = window(5)\n",
-    "learned row sink": "attention f(s: float[H, M]):\n    weight = softmax(score, sink=s[h, q_row])\n    mask = causal\n",
+    "learned row sink": "attention f(s: float[H, M]):\n    weight = softmax(score, sink=s[h, q_row])\n",
     "summed weights": "attention f(t: float[H]):\n    weight = exp(t[h] * score) + 0.1\n    normalize = sum\n",
     "signed sums": "attention f():\n    weight = score\n    normalize = sum\n    mask = causal\n",
     "gain by head": "attention f(g: float[H, D], u: float[HKV, E]):\n"
