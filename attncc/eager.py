@@ -6,7 +6,7 @@ time. It holds scores for every pair, in memory quadratic in the length.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias, assert_never
 
@@ -45,6 +45,7 @@ class Environment:
 
     floating: the type of floats made of ints; literals adapt to what they are combined with.
     rows: in row transforms, the tensors whose elements are read, (B, H, rows, width).
+    read: an element of a captured tensor at indices that lie within it.
     """
 
     indices: Mapping[str, Tensor]
@@ -53,6 +54,7 @@ class Environment:
     holes: Mapping[str, Tensor]
     floating: torch.dtype
     rows: Mapping[RowName, Tensor]
+    read: Callable[[Tensor, list[Tensor]], Tensor] = lambda tensor, places: tensor[tuple(places)]
 
     def leaf(self, value: Input) -> Tensor:
         """A scalar as a tensor that does not widen what it is combined with."""
@@ -80,7 +82,7 @@ def torch_value(expr: Expr, env: Environment) -> Tensor:
             places = [torch_value(i, env).clamp(0, size - 1) for i, size in zip(indices, tensor.shape, strict=True)]
             if 0 in tensor.shape:
                 return tensor.new_zeros(torch.broadcast_shapes(*(place.shape for place in places)))
-            return tensor[tuple(places)] if places else tensor
+            return env.read(tensor, places)
         case Element(row=row, index=Index(name="d")) if env.indices["d"].numel() == env.rows[row].shape[-1]:
             return env.rows[row]
         case Element(row=row, index=index):

@@ -28,6 +28,9 @@ SPECS = {
     "forgetting gate": "attention f(G: float[B, H, N]):\n"
     "    score = qk + G[b, h, q_idx] - G[b, h, kv_idx]\n    mask = causal\n",
     "the same tensor twice": "attention f(t: float[H]):\n    score = tanh(qk * t[h]) * t[h]\n    mask = causal\n",
+    "a part within another": "attention f(t: float[H]):\n"
+    "    score = qk * exp(t[h]) + t[h] * sin(q_idx - kv_idx) + log1p(t[h] * (q_idx + 1))\n    mask = causal\n",
+    "in a condition too": "attention f(t: float[H]):\n    score = (qk if t[h] > 1.5 else 2 * qk) * t[h]\n",
     "dense bias": "attention f(bias: float[H, M, N]):\n    score = qk + sigmoid(bias[h, q_row, kv_idx])\n",
     "gathered bias": "attention f(bias: float[4, 4]):\n    score = qk + bias[q_idx % 4, kv_idx % 4]\n",
     "0-d scalar": "attention f(t: float[]):\n    score = softcap(qk, t)\n    mask = window(5)\n",
@@ -36,15 +39,28 @@ SPECS = {
     "signed sums": "attention f():\n    weight = score\n    normalize = sum\n    mask = causal\n",
     "gain by head": "attention f(g: float[H, D], u: float[HKV, E]):\n"
     "    k = rope(k * g[h], kv_idx)\n    v = v * u[hkv]\n",
+    "a part of a row within another": "attention f(g: float[H, D]):\n"
+    "    q = q * exp(g[h, :]) + q * q * g[h, :] * sum(g[h, :] * q)\n",
+    "a row of its own": "attention f(g: float[H, D], s: float[H, 3]):\n"
+    "    q = q * softmax(g[h, :]) * max(s[h, :])\n    k = k * g[h, :] * sum(g[h, :])\n",
+    "rotations of rotations": "attention f():\n"
+    "    q = rope(rope(rope(q, q_idx), 2, dim=4), 3, dim=6, interleaved=true)\n",
     "gain of values": "attention f(u: float[N, E]):\n    v = tanh(v) * u[kv_idx]\n",
 }
 
 
-def assert_gradients(attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: dict) -> None:
+def assert_gradients(
+    attention: Attention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    inputs: dict,
+    q_offset: int | None = None,
+) -> None:
     tensors = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
     leaves = {name: x.clone().requires_grad_() for name, x in {"q": q, "k": k, "v": v, **tensors}.items()}
     o, lse = evaluate(
-        attention, leaves["q"], leaves["k"], leaves["v"], inputs | {name: leaves[name] for name in tensors}
+        attention, leaves["q"], leaves["k"], leaves["v"], inputs | {name: leaves[name] for name in tensors}, q_offset
     )
     generator = torch.Generator().manual_seed(1)
     do = torch.randn(o.shape, generator=generator, dtype=F64)
@@ -56,7 +72,7 @@ def assert_gradients(attention: Attention, q: torch.Tensor, k: torch.Tensor, v: 
         loss = loss + (lse * dtotal).where(lse.isfinite(), 0.0).sum()
     loss.backward()
 
-    bound = Signature(attention).bind(q, k, v, None, inputs)
+    bound = Signature(attention).bind(q, k, v, q_offset, inputs)
     program = plan_backward(attention, specialization_of(q, bound), TARGET, frozenset(tensors))
     if program.backward.normalizer == "sum" and total is not None and dtotal is not None:
         total = total.exp()

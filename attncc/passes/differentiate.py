@@ -10,13 +10,14 @@ branches rather than multiplying one of them by 0: what is not chosen may be inf
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
 from attncc.ir.errors import IRError
-from attncc.ir.nodes import Apply, Constant, Expr, Reduce
+from attncc.ir.nodes import Apply, Constant, Expr, Reduce, Variable
 from attncc.ir.operators import OPERATORS
-from attncc.ir.rewrite import contains, kind_of
+from attncc.ir.rewrite import contains, kind_of, substitute
 from attncc.ir.types import Kind
 from attncc.passes.simplify import simplify_expr
 
@@ -90,6 +91,20 @@ def derivative(expr: Expr, part: Expr) -> Expr | None:
     everywhere. Of a float expression without `Reduce` above the part."""
     tangent = tangent_of(expr, part)
     return None if tangent is None else tangent.expr()
+
+
+def tangents_of(expr: Expr, parts: Sequence[Expr]) -> tuple[Product, ...]:
+    """The derivative by each of `parts`, all of them variables: what stands within one is not seen by the others."""
+    variables = {part: Variable(f"part_{i}", Kind.FLOAT) for i, part in enumerate(parts)}
+    back: dict[Expr, Expr] = {variable: part for part, variable in variables.items()}
+    opaque = substitute(expr, variables)
+
+    def tangent(variable: Variable) -> Product:
+        found = tangent_of(opaque, variable) or Product(0.0)
+        factors, divisors = (tuple(substitute(e, back) for e in side) for side in (found.factors, found.divisors))
+        return Product(found.coefficient, factors, divisors)
+
+    return tuple(map(tangent, variables.values()))
 
 
 def tangent_of(expr: Expr, part: Expr) -> Product | None:

@@ -3,13 +3,14 @@
 Before: y[d] = x[d] * cos(...) + x[partner(d)] * sin(...)                          and dL/dy[d], written dx[d] below
 After:  dL/dx[d] = dx[d] * cos(...) + dx[partner(d)] * sin(... at partner(d))
 
-A kernel writes one element at a time, so what a transform reads at `partner(d)` is gathered from there: the index must
-be its own inverse, which is checked on every element of a row. A reduction over the row becomes one over its gradient.
+A kernel writes one element at a time, so what a transform reads at `partner(d)` is gathered from there. An index that
+is its own inverse, as that of a rotation, says itself where from; any other is taken apart by the distances from d that
+it leads over. A reduction over the row becomes one over its gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import reduce
 
 import torch
@@ -26,34 +27,26 @@ from attncc.ir.nodes import (
     Reduce,
     RowName,
     Size,
-    Variable,
 )
 from attncc.ir.rewrite import children, contains, has_free_d, substitute
-from attncc.ir.text import to_text
-from attncc.ir.types import Kind
-from attncc.passes.differentiate import Product, derivative, product_of
+from attncc.passes.differentiate import Product, product_of, tangents_of
 from attncc.passes.evaluate import Scene, evaluate
+from attncc.passes.parts import reads_row
 from attncc.passes.simplify import simplify_expr
 from attncc.passes.variance import variance
 
 _D = Index("d")
 
 
-class NotItsOwnInverse(IRError):
-    """A transform reads its row at an index that does not lead back."""
-
-
 def transposed_row(transform: Expr, row: RowName, width: int) -> Expr:
-    """The gradient by element d of the row, over the row and the gradient of the transform (`Element.upstream`).
-
-    Raises `NotItsOwnInverse` where the transform reads an element at an index that does not lead back to it.
-    """
+    """The gradient by element d of the row, over the row and the gradient of the transform (`Element.upstream`)."""
     return _sum(_element_terms(transform, Element(row, _D, upstream=True), width))
 
 
-def part_gradient(transform: Expr, part: Expr, row: RowName, width: int) -> Expr:
-    """What element d adds to the gradient of `part`, which reads no element of the row."""
-    return _sum(_part_terms(transform, part, Element(row, _D, upstream=True), width))
+def part_gradients(transform: Expr, parts: Sequence[Expr], row: RowName, width: int) -> tuple[Expr, ...]:
+    """What element d adds to the gradient of each of `parts`, which read no element of the row."""
+    above = Element(row, _D, upstream=True)
+    return tuple(_sum(_part_terms(transform, i, parts, above, width)) for i in range(len(parts)))
 
 
 def _sum(terms: Iterator[Expr]) -> Expr:
@@ -63,37 +56,40 @@ def _sum(terms: Iterator[Expr]) -> Expr:
 
 def _element_terms(expr: Expr, above: Expr, width: int) -> Iterator[Expr]:
     """`above` is the gradient of `expr`, which is one value per d."""
-    for element in _outermost(expr, Element):
+    elements, reductions = _outermost(expr, Element), _outermost(expr, Reduce)
+    partials = _derivatives(expr, (*elements, *reductions))
+    for element, partial in zip(elements, partials, strict=False):
         assert isinstance(element, Element)
-        partial = _derivative(expr, element)
         if partial is not None:
             yield _gathered(_times(above, partial), element.index, width)
-    for body, above_body in _through_reductions(expr, above, width):
-        yield from _element_terms(body, above_body, width)
+    for reduction, partial in zip(reductions, partials[len(elements) :], strict=True):
+        if partial is not None and reads_row(reduction):
+            body, inner = _into(reduction, _times(above, partial), width)
+            yield from _element_terms(body, inner, width)
 
 
-def _part_terms(expr: Expr, part: Expr, above: Expr, width: int) -> Iterator[Expr]:
-    partial = _derivative(expr, part)
-    if partial is not None:
-        yield _times(above, partial)
-    for body, above_body in _through_reductions(expr, above, width):
-        yield from _part_terms(body, part, above_body, width)
+def _part_terms(expr: Expr, i: int, parts: Sequence[Expr], above: Expr, width: int) -> Iterator[Expr]:
+    reductions = tuple(reduction for reduction in _outermost(expr, Reduce) if reduction not in parts)
+    partials = _derivatives(expr, (*parts, *reductions))
+    own = partials[i]
+    if own is not None:
+        yield _times(above, own)
+    for reduction, partial in zip(reductions, partials[len(parts) :], strict=True):
+        if partial is not None and reads_row(reduction):
+            body, inner = _into(reduction, _times(above, partial), width)
+            yield from _part_terms(body, i, parts, inner, width)
 
 
-def _through_reductions(expr: Expr, above: Expr, width: int) -> Iterator[tuple[Expr, Expr]]:
-    """The body of each reduction in `expr`, with its gradient at the body's own d."""
-    for reduction in _outermost(expr, Reduce):
-        assert isinstance(reduction, Reduce)
-        partial = _derivative(expr, reduction)
-        if partial is None:
-            continue
-        total = _summed(_times(above, partial), width)
-        if reduction.op == "max":
-            # Shared out among the elements that are the greatest, as PyTorch does.
-            is_greatest = Apply("where", (Apply("eq", (reduction.body, reduction)), Constant(1.0), Constant(0.0)))
-            share = Apply("div", (total, Reduce("sum", is_greatest, reduction.size)))
-            total = Apply("where", (Apply("eq", (reduction.body, reduction)), share, Constant(0.0)))
-        yield reduction.body, total
+def _into(reduction: Expr, above: Expr, width: int) -> tuple[Expr, Expr]:
+    """The body of a reduction and its gradient at the body's own d, where the gradient by the reduction adds up."""
+    assert isinstance(reduction, Reduce)
+    total = _summed(above, width)
+    if reduction.op == "max":
+        # Shared out among the elements that are the greatest, as PyTorch does.
+        is_greatest = Apply("where", (Apply("eq", (reduction.body, reduction)), Constant(1.0), Constant(0.0)))
+        share = Apply("div", (total, Reduce("sum", is_greatest, reduction.size)))
+        total = Apply("where", (Apply("eq", (reduction.body, reduction)), share, Constant(0.0)))
+    return reduction.body, total
 
 
 def _summed(term: Expr, width: int) -> Expr:
@@ -108,13 +104,9 @@ def _summed(term: Expr, width: int) -> Expr:
     return _times(outer.expr(), Reduce("sum", inner.expr(), Constant(width)))
 
 
-def _derivative(expr: Expr, part: Expr) -> Expr | None:
-    """The derivative where reductions are values like any other: what is in them is another matter."""
-    opaque: dict[Expr, Expr] = {
-        reduction: Variable(f"reduction_{i}", Kind.FLOAT) for i, reduction in enumerate(_outermost(expr, Reduce))
-    }
-    found = derivative(substitute(expr, opaque), opaque.get(part, part))
-    return None if found is None else substitute(found, {variable: value for value, variable in opaque.items()})
+def _derivatives(expr: Expr, parts: Sequence[Expr]) -> list[Expr | None]:
+    """As `tangents_of`; None where one is 0 everywhere."""
+    return [None if found.coefficient == 0.0 else found.expr() for found in tangents_of(expr, parts)]
 
 
 def _times(a: Expr, b: Expr) -> Expr:
@@ -139,15 +131,23 @@ def _gathered(term: Expr, index: Expr, width: int) -> Expr:
     if index == _D:
         return term
     places = _places(index, width)
-    if places is None or [places[place] for place in places] != list(range(width)):
-        raise NotItsOwnInverse(to_text(index))
-    return simplify_expr(substitute(term, {_D: index}))
+    if all(0 <= place < width and places[place] == d for d, place in enumerate(places)):
+        return simplify_expr(substitute(term, {_D: index}))
+    # Otherwise from d - offset, for each distance over which an element is read.
+    offsets = sorted({place - d for d, place in enumerate(places) if 0 <= place < width})
+    return _sum(_where_read(term, index, Apply("sub", (_D, Constant(offset))), width) for offset in offsets)
 
 
-def _places(index: Expr, width: int) -> list[int] | None:
-    """The value of `index` for each d; None where it depends on more than d, or leaves the row."""
+def _where_read(term: Expr, index: Expr, reader: Expr, width: int) -> Expr:
+    """`term` at the output element `reader`, where that is one and reads element d."""
+    inside = Apply("and", (Apply("ge", (reader, Constant(0))), Apply("lt", (reader, Constant(width)))))
+    reads_d = Apply("eq", (substitute(index, {_D: reader}), _D))
+    return Apply("where", (Apply("and", (inside, reads_d)), substitute(term, {_D: reader}), Constant(0.0)))
+
+
+def _places(index: Expr, width: int) -> list[int]:
+    """The value of `index` for each d."""
     if variance(index) - {"d"} or contains(index, lambda node: isinstance(node, Parameter | Size | Load)):
-        return None
+        raise IRError(f"no gradient of a row that is read at {index}: it depends on more than d")
     scene = Scene(sizes={}, inputs={}, head={})
-    places = evaluate(index, scene, {"d": torch.arange(width)}).broadcast_to(width).tolist()
-    return places if all(0 <= place < width for place in places) else None
+    return evaluate(index, scene, {"d": torch.arange(width)}).broadcast_to(width).tolist()

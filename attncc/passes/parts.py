@@ -51,12 +51,16 @@ def learned_elements(expr: Expr, wanted: AbstractSet[str]) -> tuple[Expr, ...]:
 def _element_parts(expr: Expr, wanted: AbstractSet[str]) -> Iterator[Expr]:
     if not _is_learned(expr, wanted):
         return
-    if not contains(expr, lambda node: isinstance(node, Element | Reduce)):
+    if not reads_row(expr):
         yield expr
         return
     inner = (expr.body,) if isinstance(expr, Reduce) else _smooth_children(expr)
     for child in inner:
         yield from _element_parts(child, wanted)
+
+
+def reads_row(expr: Expr) -> bool:
+    return contains(expr, lambda node: isinstance(node, Element))
 
 
 def _is_learned(expr: Expr, wanted: AbstractSet[str]) -> bool:

@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
-from attncc.diagnostics import BuildError
 from attncc.ir.blocks import BlockStructure
 from attncc.ir.nodes import Apply, Attention, Constant, Expr, Hole, Load, RowName, Softmax, identity_row
 from attncc.ir.rewrite import substitute
 from attncc.ir.types import DType
 from attncc.passes.blocks import block_structure
-from attncc.passes.differentiate import Product, tangent_of
-from attncc.passes.differentiate_rows import NotItsOwnInverse, part_gradient, transposed_row
+from attncc.passes.differentiate import Product, tangent_of, tangents_of
+from attncc.passes.differentiate_rows import part_gradients, transposed_row
 from attncc.passes.parts import learned_elements, learned_parts
 from attncc.passes.simplify import simplify_expr
 from attncc.passes.transpose import transposed_block_structure
@@ -46,7 +45,6 @@ from attncc.plan.build import (
     within_width,
 )
 from attncc.plan.cpp_tiles import choose_backward_tile as choose_cpp_tile
-from attncc.plan.errors import NoRowGradient
 from attncc.plan.nodes import (
     Adjoint,
     BackwardPlan,
@@ -67,10 +65,7 @@ ROWS: tuple[RowName, ...] = ("q", "k", "v")
 def plan_backward(
     attention: Attention, specialization: Specialization, target: Target, wanted: AbstractSet[str]
 ) -> BackwardProgram:
-    """The kernels of a backward pass. wanted: the captured tensors whose gradients are asked for, beside q, k and v.
-
-    Raises BuildError where a row transform has no gradient that a kernel could write.
-    """
+    """The kernels of a backward pass. wanted: the captured tensors whose gradients are asked for, beside q, k and v."""
     attention = specialize(attention, specialization)
     per_query_head = any(varies_with_head(transform) for transform in (attention.k, attention.v))
     if per_query_head:
@@ -105,10 +100,7 @@ def _transform(forward: RowsPlan) -> Expr:
 
 def _plan_transposed(forward: RowsPlan) -> RowsPlan:
     """From the gradient of the transformed rows to that of the rows."""
-    try:
-        gradient = transposed_row(_transform(forward), forward.row, forward.width)
-    except NotItsOwnInverse as error:
-        raise BuildError(NoRowGradient(None, forward.row, str(error))) from error
+    gradient = transposed_row(_transform(forward), forward.row, forward.width)
     return plan_rows_of(forward, gradient, f"{forward.spec.name}_d{forward.row}_rows", forward.dtype)
 
 
@@ -116,8 +108,9 @@ def _row_adjoints(forward: RowsPlan, wanted: AbstractSet[str]) -> list[RowAdjoin
     transform = _transform(forward)
     stored = DType.F64 if forward.dtype is DType.F64 else DType.F32
     found: list[RowAdjoint] = []
-    for number, part in enumerate(learned_elements(transform, wanted)):
-        gradient = part_gradient(transform, part, forward.row, forward.width)
+    parts = learned_elements(transform, wanted)
+    gradients = part_gradients(transform, parts, forward.row, forward.width)
+    for number, (part, gradient) in enumerate(zip(parts, gradients, strict=True)):
         name = f"{forward.spec.name}_{forward.row}_part_{number}"
         found.append(RowAdjoint(part, plan_rows_of(forward, gradient, name, stored)))
     return found
@@ -139,7 +132,7 @@ def _plan_pairs(
     parts = () if fold_scale else learned_parts(value, wanted)
     by_dot = tangent_of(value, Hole("dot")) or Product(0.0)
     dot_factor, rest = (attention.scale, Product()) if fold_scale else _factored(by_dot)
-    by_parts = [tangent_of(value, part) or Product(0.0) for part, _ in parts]
+    by_parts = tangents_of(value, [part for part, _ in parts])
     exprs = [value, *(product.expr() for product in (rest, *by_parts))]
     pair = share_all([stager.hoist(cheapened(expr, exact_division=exact)) for expr in exprs], stager.taken)
     places = [stager.hoist(part) if along == "pair" else None for part, along in parts]

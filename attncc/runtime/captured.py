@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from attncc.eager import Environment, torch_value
-from attncc.ir.nodes import Expr, Load, Parameter
-from attncc.ir.rewrite import substitute, walk
-from attncc.ir.types import DType, Kind
+from attncc.ir.nodes import Expr, Load
+from attncc.ir.rewrite import walk
+from attncc.ir.types import DType
 from attncc.passes.variance import variance
 from attncc.plan.nodes import GROUP_SIZE, BackwardProgram
 from attncc.runtime.arguments import Bound
@@ -82,25 +82,24 @@ def _through(part: Expr, entries: Tensor, env: Environment, leaves: Mapping[str,
     """The gradients of the tensors that `part` reads, from that of the part."""
     if entries.numel() == 0:
         return {}
-    loads = dict.fromkeys(node for node in walk(part) if isinstance(node, Load) and node.tensor in leaves)
-    names: dict[Expr, Expr] = {load: Parameter(f"_{number}", Kind.FLOAT) for number, load in enumerate(loads)}
-    used = sorted({load.tensor for load in loads})
+    loaded = {node.tensor for node in walk(part) if isinstance(node, Load)}
+    used = sorted(name for name in loaded & leaves.keys() if leaves[name].numel() > 0)
+    if not used:
+        return {}
     with torch.enable_grad():
         read = {name: leaves[name].detach().requires_grad_() for name in used}
-        values = {f"_{number}": _read(read[load.tensor], load, env) for number, load in enumerate(loads)}
-        env = replace(env, inputs={**env.inputs, **values})
-        value = torch_value(substitute(part, names), env).broadcast_to(entries.shape)
-        gradients = torch.autograd.grad(value, [read[name] for name in used], entries.to(value.dtype))
+        env = replace(env, inputs={**env.inputs, **read}, read=_read)
+        value = torch_value(part, env).broadcast_to(entries.shape)
+        # What stands in a condition alone has gradient 0.
+        leaves_read = [read[name] for name in used]
+        gradients = torch.autograd.grad(value, leaves_read, entries.to(value.dtype), materialize_grads=True)
     return dict(zip(used, gradients, strict=True))
 
 
-def _read(tensor: Tensor, load: Load, env: Environment) -> Tensor:
-    """What `torch_value` gives for a load, with a gradient that is the same in every run."""
-    places = [torch_value(i, env).clamp(0, size - 1) for i, size in zip(load.indices, tensor.shape, strict=True)]
-    if 0 in tensor.shape:
-        return (tensor.sum() * 0).expand(torch.broadcast_shapes(*(place.shape for place in places)))
+def _read(tensor: Tensor, places: Sequence[Tensor]) -> Tensor:
+    """An element of a tensor, with a gradient that is the same in every run."""
     flat = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for place, stride in zip(places, tensor.stride(), strict=True):
+    for place, stride in zip(places, tensor.contiguous().stride(), strict=True):
         flat = flat + place * stride
     return _Read.apply(tensor, flat)  # type: ignore[no-any-return]
 
