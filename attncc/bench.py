@@ -164,12 +164,12 @@ def table(result: Result) -> Table:
         if row.timing is None:
             out.add_row(row.title, "", "", "", "", *note, style="dim")
             continue
-        mark = "" if row.timing.undisturbed else " *"
+        mark = "" if row.timing.undisturbed else "* "  # before the digits, which stay below one another
         share = "" if row.peak_share is None else f"{row.peak_share:.0%}"
         ratio = "" if row.name == OWN else f"{row.ratio:.2f}x the time"
-        milliseconds = f"{row.timing.median * 1e3:.3f}{mark}"
+        milliseconds = f"{mark}{row.timing.median * 1e3:.3f}"
         style = "bold" if row.name == OWN else ""
-        out.add_row(row.title, milliseconds, ratio, f"{row.gflops:.0f}", share, *note, style=style)
+        out.add_row(row.title, milliseconds, ratio, f"{row.gflops:.1f}", share, *note, style=style)
     remarks = ["GFLOP/s of unmasked pairs"]
     if result.peak_gflops is not None:
         remarks.append(f"peak of the registers: {result.peak_gflops:.0f} GFLOP/s")

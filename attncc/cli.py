@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from attncc.diagnostics import AttnError, render
 from attncc.errors import InternalError, NotEnoughMemory
@@ -22,11 +23,17 @@ _COMMANDS = {
     "build": ("compiling", "build"),
     "emit": ("compiling", "emit"),
     "run": ("running", "run"),
-    "verify": ("running", "verify"),
-    "bench": ("running", "bench"),
+    "verify": ("verifying", "verify"),
+    "bench": ("measuring", "bench"),
     "fmt": ("specs", "fmt"),
     "explain": ("specs", "explain"),
 }
+
+
+# What the first option says already, the others cannot say again.
+_CLASHES = {"input": ("shape", "dtype"), "png": ("head_dim",)}
+# Options of `explain` that are those of the drawing alone.
+_DRAWN = ("shape", "seed", "input", "batch", "head")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Messages go to stderr, and never as a traceback, unless ATTNCC_DEBUG is set.
     """
     arguments = parser().parse_args(argv)
+    _refuse_clashes(arguments)
     module, name = arguments.command
     command: Callable[[argparse.Namespace], int] = getattr(importlib.import_module(f"attncc.commands.{module}"), name)
     try:
@@ -59,6 +67,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERNAL_ERROR
 
 
+def _refuse_clashes(arguments: argparse.Namespace) -> None:
+    """Ends with status 2 where options contradict each other, or would mean nothing."""
+    given: frozenset[str] = arguments.given
+    clashes = [(other, first) for first, others in _CLASHES.items() for other in others if {first, other} <= given]
+    for option, first in clashes:
+        arguments.refuse(f"argument --{option.replace('_', '-')}: not allowed with argument --{first}")
+    if getattr(arguments, "png", ...) is None:
+        for option in sorted(given.intersection(_DRAWN)):
+            arguments.refuse(f"argument --{option}: not allowed without argument --png")
+
+
+class _Store(argparse.Action):
+    """Stores the value of an option, and that it was given."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        del parser, option_string
+        setattr(namespace, self.dest, values)
+        namespace.given |= {self.dest}
+
+
 def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     top = argparse.ArgumentParser(
@@ -69,11 +99,13 @@ def parser() -> argparse.ArgumentParser:
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        command.set_defaults(command=_COMMANDS[name])
+        command.register("action", None, _Store)
+        command.set_defaults(command=_COMMANDS[name], refuse=command.error, given=frozenset())
         return command
 
     check = add("check", "parse and check specifications")
     check.add_argument("files", metavar="FILE", nargs="+")
+    check.add_argument("--name", help="only the attention of this name")
     _set(check)
 
     build = add("build", "compile the kernels of a specification ahead of time")
@@ -92,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
     _spec(run)
     _call(run)
     run.add_argument("--dtype", choices=DTYPES, default="f32")
-    run.add_argument("--input", metavar="FILE", type=Path, help="safetensors with q, k, v and captured tensors by name")
+    _input(run)
     run.add_argument("-o", "--output", metavar="FILE", type=Path, help="safetensors to write o and lse to")
 
     verify = add("verify", "property-test a specification on every backend at hand against the reference")
@@ -123,10 +155,10 @@ def parser() -> argparse.ArgumentParser:
     _options_of_spec(explain)
     _kernel(explain, default_target="cpp")
     explain.add_argument("--png", metavar="FILE", type=Path, help="draw the mask with its tile classes")
-    explain.add_argument(
-        "--shape", metavar="B,H,HKV,M,N,D[,E]", type=_shape, default=_shape("1,1,1,2048,2048,64"), help="of the drawing"
-    )
-    explain.add_argument("--seed", type=int, default=0, help="of made-up inputs of the drawing")
+    _operands(explain, "1,1,1,2048,2048,64")
+    _input(explain)
+    explain.add_argument("--batch", type=_index, default=0, help="which one to draw (default: %(default)s)")
+    explain.add_argument("--head", type=_index, default=0, help="which one to draw (default: %(default)s)")
     return top
 
 
@@ -159,10 +191,18 @@ def _kernel(command: argparse.ArgumentParser, default_target: str) -> None:
 
 def _call(command: argparse.ArgumentParser) -> None:
     command.add_argument("--target", help="cpp, cpp:avx2, triton, … (default: what suits the machine)")
-    command.add_argument(
-        "--shape", metavar="B,H,HKV,M,N,D[,E]", type=_shape, default=_shape("1,8,8,2048,2048,64"), help="sizes"
-    )
+    _operands(command, "1,8,8,2048,2048,64")
+
+
+def _operands(command: argparse.ArgumentParser, shape: str) -> None:
+    sizes = "sizes of the inputs (default: %(default)s)"
+    command.add_argument("--shape", metavar="B,H,HKV,M,N,D[,E]", type=_shape, default=shape, help=sizes)
     command.add_argument("--seed", type=int, default=0, help="of random inputs")
+
+
+def _input(command: argparse.ArgumentParser) -> None:
+    what = "safetensors with q, k, v and captured tensors by name, instead of random ones"
+    command.add_argument("--input", metavar="FILE", type=Path, help=what)
 
 
 def _integers(text: str) -> tuple[int, ...]:
@@ -203,9 +243,17 @@ def _setting(text: str) -> tuple[str, bool | int | float]:
 
 
 def _positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _index(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
     value = _integers(text)
-    if len(value) != 1 or value[0] < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    if len(value) != 1 or value[0] < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
     return value[0]
 
 

@@ -118,14 +118,45 @@ class UnknownCode(Diagnostic):
 class UnknownSetting(Diagnostic):
     code = "A0638"
     title = "`{attention}` has no parameter `{name}`"
-    help = "its parameters are {known}"
+    help = "{advice}"
     explanation = "`--set` gives a value to a run-time scalar or a `const` parameter of the specification."
     bad = "attncc run sliding_window.attn --set windw=512"
     good = "attncc run sliding_window.attn --set window=512"
 
     attention: str
     name: str
-    known: str
+    advice: str
+
+
+@dataclass(frozen=True, slots=True)
+class NoSuchHead(Diagnostic):
+    code = "A0641"
+    title = "there is no {axis} {index} to draw"
+    help = "the call has {size}, counted from 0"
+    explanation = "A picture shows the mask of one batch and head, those of `--batch` and `--head`."
+    bad = "attncc explain causal.attn --png mask.png --shape 1,8,8,512,512,64 --head 8"
+    good = "attncc explain causal.attn --png mask.png --shape 1,8,8,512,512,64 --head 7"
+
+    axis: str
+    index: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SeveralFiles(Diagnostic):
+    code = "A0642"
+    title = "{path} names one file, and the standalone source is {files}"
+    help = "name a folder for them: -o {folder}"
+    explanation = (
+        "A standalone kernel for Triton is one Python file. One for C++ is a C++ file and a loader, which finds it in "
+        "its own folder."
+    )
+    bad = "attncc emit causal.attn --target cpp --standalone -o causal.py"
+    good = "attncc emit causal.attn --target cpp --standalone -o causal/"
+
+    path: str
+    files: str
+    folder: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from attncc.ir.nodes import Attention, Elementwise, Expr, Softmax, Sum, identity_row
+from attncc.ir.nodes import Apply, Attention, Elementwise, Expr, Parameter, Softmax, Sum, Variable, identity_row
+from attncc.ir.rewrite import map_children
 from attncc.ir.text import to_text
 from attncc.passes.variance import variance
 from attncc.plan.nodes import (
@@ -22,6 +23,7 @@ from attncc.plan.nodes import (
 )
 
 _COORDINATES = {"b": "batch", "h": "head", "q": "query", "kv": "key", "d": "element"}
+_CORNERS = "a tile holds the positions q_lo to q_hi and the keys kv_lo to kv_hi"
 _STRATEGIES = {
     "bounds": "closed form: outside the key ranges nothing is kept, inside the full part nothing is masked",
     "scan": "each tile within the key ranges is classified in the loop, by interval arithmetic",
@@ -47,7 +49,7 @@ def _clauses(attention: Attention) -> Iterator[str]:
     for row in ("q", "k", "v"):
         transform: Expr = getattr(attention, row)
         if transform != identity_row(row):
-            yield f"{row:<7}= {to_text(transform)}   [{_varies(transform)}]"
+            yield f"{row:<7}= {_text(transform)}   [{_varies(transform)}]"
     clauses: list[tuple[str, Expr]] = [
         ("scale", attention.scale),
         ("score", attention.score),
@@ -59,7 +61,7 @@ def _clauses(attention: Attention) -> Iterator[str]:
         case Elementwise(weight=weight) | Sum(weight=weight):
             clauses.append(("weight", weight))
     for name, clause in clauses:
-        yield f"{name:<7}= {to_text(clause)}   [{_varies(clause)}]"
+        yield f"{name:<7}= {_text(clause)}   [{_varies(clause)}]"
 
 
 def _varies(expr: Expr) -> str:
@@ -69,17 +71,18 @@ def _varies(expr: Expr) -> str:
 
 def _blocks(blocks: BlockStructure) -> Iterator[str]:
     yield f"{blocks.strategy}: {_STRATEGIES[blocks.strategy]}"
+    yield _CORNERS
     for number, key_range in enumerate(blocks.ranges, start=1):
         label = f"range {number}" if len(blocks.ranges) > 1 else "range"
-        yield f"{label}: keys from {to_text(key_range.lo)} to {to_text(key_range.hi)}"
+        yield f"{label}: keys from {_text(key_range.lo)} to {_text(key_range.hi)}"
         if key_range.full_lo != key_range.full_hi:
-            yield f"  full from {to_text(key_range.full_lo)} to {to_text(key_range.full_hi)}"
+            yield f"  full from {_text(key_range.full_lo)} to {_text(key_range.full_hi)}"
     if blocks.strategy != "bounds":
-        yield f"a tile may keep a pair where {to_text(blocks.possible)}"
-        yield f"a tile keeps every pair where {to_text(blocks.certain)}"
+        yield f"a tile may keep a pair where {_text(blocks.possible)}"
+        yield f"a tile keeps every pair where {_text(blocks.certain)}"
     for summary in blocks.summaries:
         side = "keys" if summary.axis == "kv" else "queries"
-        yield f"table: {summary.op} of {to_text(summary.load)} over each tile of {side}"
+        yield f"table: {summary.op} of {_text(summary.load)} over each tile of {side}"
 
 
 def _algorithm(attention: Attention) -> Iterator[str]:
@@ -105,7 +108,7 @@ def _kernels(program: Program) -> Iterator[str]:
     for plan in program.kernels:
         yield f"{plan.name}: {_summary(plan)}"
         for level, bindings in _levels(plan):
-            yield f"  once per {level}: {'; '.join(f'{b.name} = {to_text(b.value)}' for b in bindings)}"
+            yield f"  once per {level}: {'; '.join(f'{b.name} = {_text(b.value)}' for b in bindings)}"
 
 
 def _summary(plan: KernelPlan) -> str:
@@ -117,7 +120,7 @@ def _summary(plan: KernelPlan) -> str:
                 " and the lists of live tiles" if plan.blocks.strategy == "list" else ""
             )
         case BackwardPlan():
-            parts = ", ".join(f"of {to_text(adjoint.part)} along the {adjoint.along}" for adjoint in plan.adjoints)
+            parts = ", ".join(f"of {_text(adjoint.part)} along the {adjoint.along}" for adjoint in plan.adjoints)
             return f"gradients of q, k and v{'; ' + parts if parts else ''}; {_tile(plan.tile)}"
         case ForwardPlan():
             scale = "the exponential absorbs the scale" if plan.fold_scale else "scores are scaled before anything else"
@@ -146,3 +149,32 @@ def _levels(plan: KernelPlan) -> Iterable[tuple[str, tuple[Binding, ...]]]:
         case ForwardPlan() | BackwardPlan():
             levels = (("call", plan.call), ("head", plan.head), ("query", plan.row), ("key", plan.key))
     return [(name, bindings) for name, bindings in levels if bindings]
+
+
+def _text(expr: Expr) -> str:
+    """`expr` for people, who need not know a variable of the plan by its mark, nor how a chain is nested."""
+    return to_text(_plain(expr))
+
+
+def _plain(expr: Expr) -> Expr:
+    match map_children(expr, _plain):
+        case Variable(name=name, kind=kind):
+            return Parameter(name, kind)
+        case Apply(op="min" | "max" as op, args=args):
+            return Apply(op, tuple(part for arg in args for part in _chain(op, arg)))
+        case Apply(op="and" | "or" as op) as chain:
+            first, *others = _chain(op, chain)
+            for other in others:
+                first = Apply(op, (first, other))
+            return first
+        case other:
+            return other
+
+
+def _chain(op: str, expr: Expr) -> tuple[Expr, ...]:
+    """The operands of nested applications of `op`, in reading order."""
+    match expr:
+        case Apply(op=found, args=args) if found == op:
+            return tuple(part for arg in args for part in _chain(op, arg))
+        case _:
+            return (expr,)

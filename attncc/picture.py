@@ -185,7 +185,9 @@ def _figure(
     _paint(axes, classes, kept, rows, keys, block)
     _label(axes, scene, rows, keys, block)
     text_x = (total_w - max(width, 5.0) + 0.5) / 2 / total_w if width < 5.0 else left / total_w
-    figure.text(text_x, 1 - 0.42 / total_h, name, fontsize=17, fontweight="bold", color=_INK, va="center")
+    many = scene.sizes["B"] * scene.sizes["H"] > 1
+    title = f"{name}, batch {scene.head['b']}, head {scene.head['h']}" if many else name
+    figure.text(text_x, 1 - 0.42 / total_h, title, fontsize=17, fontweight="bold", color=_INK, va="center")
     facts = (
         f"{rows:,} {'query' if rows == 1 else 'queries'}, {keys:,} {'key' if keys == 1 else 'keys'}, "
         f"tiles of {block[0]} by {block[1]}, found by {blocks.strategy}"

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 from formulas import VARIANTS, Sizes
+from rich.console import Console
 
-from attncc.bench import bench, table
+from attncc.bench import Result, Row, bench, table
 from attncc.build import build, check
 from attncc.error_rule import compare
 from attncc.peak import peak
 from attncc.peers import Call, NotApplicable, count_kept_pairs, flex, sdpa
 from attncc.runtime.cpp_toolchain import find_compiler
-from attncc.timing import alternate
+from attncc.timing import Timing, alternate
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SIZES = Sizes(B=1, H=2, HKV=1, M=96, N=144, D=16, E=16)
@@ -93,6 +95,20 @@ def test_bench() -> None:
     assert "cannot express it" in sdpa_row.note
     assert "attncc" in ticks
     assert table(result).row_count == 3
+
+
+def test_the_points_of_all_times_are_below_one_another() -> None:
+    rows = tuple(
+        Row(name, name, Timing(seconds, seconds, 3, undisturbed), 1.0, gflops, None)
+        for name, seconds, undisturbed, gflops in (("attncc", 0.0012, True, 9.96), ("eager", 0.123, False, 100.0))
+    )
+    result = Result("drawn", {"B": 1}, "f32", 2, 1, None, "a machine", "2", rows)
+    console = Console(width=110, file=StringIO(), record=True)
+    console.print(table(result))
+    lines = [line.split("│") for line in console.export_text().splitlines() if line.startswith("│")]
+    assert len(lines) == 2
+    for column in (2, 4):  # times and rates
+        assert len({line[column].index(".") for line in lines}) == 1, lines
 
 
 def test_a_peer_that_fails_is_a_note() -> None:

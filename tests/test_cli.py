@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from attncc.cli import main, parser
+from attncc.commands.common import device_of
+from attncc.timing import Timing
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 CAUSAL = str(EXAMPLES / "causal.attn")
+WINDOW = str(EXAMPLES / "sliding_window.attn")
 ALIBI = str(EXAMPLES / "alibi.attn")
 SMALL = ("--shape", "1,2,1,9,9,8")
 
@@ -47,6 +51,16 @@ def test_check_takes_constants(capsys: pytest.CaptureFixture[str]) -> None:
     assert "blok" in capsys.readouterr().err
 
 
+def test_check_of_one_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "two.attn"
+    path.write_text("attention one():\n    mask = causal\n\nattention two():\n    mask = oops\n", encoding="utf-8")
+    assert main(["check", str(path), "--name", "one"]) == 0
+    assert capsys.readouterr().out == f"{path}: one: ok\n"
+    assert main(["check", str(path), "--name", "two"]) == 1
+    assert main(["check", str(path), "--name", "on"]) == 1
+    assert "did you mean `one`?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stage", ["ast", "ir", "plan", "source"])
 def test_emit(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["emit", ALIBI, "--stage", stage]) == 0
@@ -75,6 +89,19 @@ assert "attncc" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert float(done.stdout) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_standalone_source_of_two_files_is_not_put_into_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "one.py"
+    assert main(["emit", ALIBI, "--standalone", "-o", str(path)]) == 1
+    err = capsys.readouterr().err
+    assert f"{path} names one file, and the standalone source is alibi.cpp and alibi.py" in err
+    assert f"-o {tmp_path / 'one'}" in err
+    assert not path.exists()
+    assert main(["emit", ALIBI, "--standalone", "--target", "triton:sm_90", "-o", str(path)]) == 0
+    assert path.is_file()
 
 
 def test_build_cpp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,8 +143,24 @@ def test_run_reads_and_writes_safetensors(tmp_path: Path, capsys: pytest.Capture
     torch.testing.assert_close(saved["o"], score.softmax(-1) @ v)
 
 
+def test_run_says_where_it_does_not_compare(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", CAUSAL, "--shape", "1,1,1,2048,2049,8"]) == 0
+    assert "error      not computed above 4194304 pairs" in capsys.readouterr().out
+
+
+def test_run_marks_a_time_that_was_disturbed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for undisturbed in (True, False):
+        timing = Timing(median=0.5, best=0.5, samples=1, undisturbed=undisturbed)
+        monkeypatch.setattr("attncc.commands.running._time", lambda *_, timing=timing: timing)
+        assert main(["run", CAUSAL, *SMALL]) == 0
+        marked = "" if undisturbed else ", disturbed by other work on the machine"
+        assert f"time       500.000 ms, median of 1 call{marked}\n" in capsys.readouterr().out
+
+
 def test_run_with_scalars(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", str(EXAMPLES / "sliding_window.attn"), *SMALL, "--set", "window=3"]) == 0
+    assert main(["run", WINDOW, *SMALL, "--set", "window=3"]) == 0
     assert "window     3" in capsys.readouterr().out
 
 
@@ -125,6 +168,8 @@ def test_run_with_scalars(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["run", CAUSAL, *SMALL, "--set", "window=3"], "no parameter `window`"),
+        (["run", WINDOW, *SMALL, "--set", "windw=3"], "did you mean `window`?"),
+        (["run", str(EXAMPLES / "bigbird.attn"), *SMALL, "--set", "blk=16"], "did you mean `block`?"),
         (["run", str(EXAMPLES / "natten_2d.attn"), *SMALL], "`width` is missing"),
         (["run", CAUSAL, "--input", "missing.safetensors"], "cannot read missing.safetensors"),
         (["run", CAUSAL, "--shape", "1,3,2,4,4,8"], "3 query heads"),
@@ -156,6 +201,13 @@ def test_mistakes_are_explained(arguments: list[str], message: str, capsys: pyte
         ["run", CAUSAL, "--shape", "1,2"],
         ["run", CAUSAL, "--set", "window"],
         ["run", CAUSAL, "--dtype", "int8"],
+        ["run", CAUSAL, "--input", "in.safetensors", "--shape", "1,1,1,4,4,8"],
+        ["run", CAUSAL, "--dtype", "bf16", "--input", "in.safetensors"],
+        ["explain", CAUSAL, "--png", "a.png", "--input", "in.safetensors", "--shape", "1,1,1,4,4,8"],
+        ["explain", CAUSAL, "--png", "a.png", "--head-dim", "64"],
+        ["explain", CAUSAL, "--input", "in.safetensors"],
+        ["explain", CAUSAL, "--head", "0"],
+        ["explain", CAUSAL, "--png", "a.png", "--head", "-1"],
     ],
 )
 def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,6 +275,40 @@ def test_explain_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "are skipped" in capsys.readouterr().err
 
 
+def test_explain_draws_what_it_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two batches one is a single document, the other has two: half of its tiles are skipped."""
+    pytest.importorskip("matplotlib")
+    given, path = tmp_path / "in.safetensors", tmp_path / "mask.png"
+    q = torch.zeros(2, 2, 1024, 16, dtype=torch.bfloat16)
+    doc = torch.zeros(2, 1024, dtype=torch.int64)
+    doc[1, 512:] = 1
+    save_file({"q": q, "k": q.clone(), "v": q.clone(), "doc": doc}, given)
+    document = [str(EXAMPLES / "document.attn"), "--png", str(path), "--input", str(given)]
+    skipped: list[int] = []
+    for batch in ("0", "1"):
+        assert main(["explain", *document, "--batch", batch, "--head", "1"]) == 0
+        err = capsys.readouterr().err
+        assert f"drew batch {batch}, head 1 of B=2 H=2 HKV=2 M=1024 N=1024 D=16 E=16" in err
+        assert "not given" not in err
+        found = re.search(r"of (\d+) tiles of .*, (\d+) are skipped", err)
+        assert found is not None
+        skipped.append(int(found[2]) * 2 // int(found[1]))
+    assert skipped == [0, 1]
+    for option, size in (("--batch", 2), ("--head", 2)):
+        assert main(["explain", *document, option, str(size)]) == 1
+        assert f"there is no {option[2:]} 2 to draw" in capsys.readouterr().err
+
+
+def test_explain_writes_expressions_as_people_do(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("streaming_llm", "prefix_lm", "document_causal", "ragged_decode"):
+        assert main(["explain", str(EXAMPLES / f"{name}.attn")]) == 0
+    out = capsys.readouterr().out
+    assert "keys from 0 to min(N, q_hi + 1, sinks)" in out
+    assert "kv_lo <= q_hi and min_q(doc[b, q_idx]) <= max_kv(doc[b, kv_idx]) and min_kv" in out
+    assert "min(min(" not in out
+    assert "%" not in out
+
+
 def test_bench_writes_json(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", CAUSAL, "--shape", "1,1,1,64,64,16", "--against", "eager,sdpa", "--repeat", "3"]
     assert main([*arguments, "--dtype", "f32", "--threads", str(torch.get_num_threads()), "--json", "-"]) == 0
@@ -240,6 +326,27 @@ def test_bench_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "attncc" in out
     assert "cannot express it" in out
+
+
+def test_where_tensors_lie_is_told_by_what_a_target_is_based_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, based_on in (("mine", "cpp"), ("cpp_on_gpu", "triton")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "target.toml").write_text(f'based_on = "{based_on}"\n', encoding="utf-8")
+    devices = {target: device_of(target, [tmp_path]) for target in ("cpp", "mine:avx2", "triton:interpret")}
+    assert set(devices.values()) == {"cpu"}
+    assert {device_of(target, [tmp_path]) for target in (None, "triton", "cpp_on_gpu")} == {"cuda"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["--version"], ["explain", "A0201"], ["fmt", "--check", CAUSAL]]
+)
+def test_what_needs_no_tensors_starts_without_pytorch(arguments: list[str]) -> None:
+    program = "import sys; sys.modules['torch'] = None; from attncc.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_command_has_help() -> None:

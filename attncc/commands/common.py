@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,13 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from attncc.build import build, check, read
+from attncc.check.suggest import nearest
 from attncc.commands.output import reason, say
 from attncc.diagnostics import CallError
 from attncc.errors import CannotRead, CannotWrite, MissingOperand, NoShapeAtSizes, UnknownSetting
 from attncc.inputs import captured_tensors, describe, operands
-from attncc.ir.nodes import Attention
+from attncc.ir.nodes import Attention, Elementwise
 from attncc.runtime.arguments import Sizes
 from attncc.runtime.call import CompiledAttention
+from attncc.runtime.targets import INTERPRET, known_target
 from attncc.syntax import nodes, parse
 
 Value: TypeAlias = bool | int | float
@@ -48,17 +50,18 @@ def load(path: str, name: str | None, settings: Mapping[str, Value]) -> Loaded:
     values = {key: value for key, value in settings.items() if key in constants}
     others = {key: value for key, value in settings.items() if key not in constants}
     attention = check(Path(path), name=name, **values)
-    refuse_unknown(attention, others)
+    refuse_unknown(attention, others, sorted(constants))
     return Loaded(path, name, source.text, attention, values, others)
 
 
-def refuse_unknown(attention: Attention, settings: Mapping[str, Value]) -> None:
+def refuse_unknown(attention: Attention, settings: Mapping[str, Value], constants: Sequence[str] = ()) -> None:
     """Raises CallError for settings that name no parameter."""
     known = [parameter.name for parameter in attention.parameters]
-    listed = ", ".join(known) or "none"
+    names = [*known, *constants]
+    listed = f"its parameters are {', '.join(names)}" if names else "it has none"
     unknown = [name for name in settings if name not in known]
     if unknown:
-        raise CallError(*(UnknownSetting(None, attention.name, name, listed) for name in unknown))
+        raise CallError(*(UnknownSetting(None, attention.name, n, nearest(n, names) or listed) for n in unknown))
 
 
 def constant_names(file: nodes.File, name: str | None) -> frozenset[str]:
@@ -116,6 +119,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def returns_lse(attention: Attention) -> bool:
+    """Whether a row of weights has a sum to return."""
+    return not isinstance(attention.normalizer, Elementwise)
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
@@ -123,7 +131,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise CallError(CannotWrite(None, str(path), reason(error))) from error
 
 
-def device_of(target: str | None) -> str:
+def device_of(target: str | None, folders: Sequence[Path]) -> str:
     """Where the tensors of a call have to lie for a target: a GPU for Triton, unless it is interpreted."""
-    on_gpu = torch.cuda.is_available() and (target is None or not target.startswith(("cpp", "triton:interpret")))
-    return "cuda" if on_gpu else "cpu"
+    on_cpu = False
+    if target is not None:
+        wanted = known_target(target, folders)
+        on_cpu = wanted.backend == "cpp" or wanted.arch == INTERPRET
+    return "cpu" if on_cpu or not torch.cuda.is_available() else "cuda"

@@ -9,6 +9,8 @@ from attncc.build import read
 from attncc.commands.common import Loaded, load
 from attncc.commands.output import say, write
 from attncc.commands.tree import dump
+from attncc.diagnostics import CallError
+from attncc.errors import SeveralFiles
 from attncc.inputs import element_type
 from attncc.ir.text import to_text
 from attncc.ir.types import DType
@@ -56,6 +58,8 @@ def _put(files: dict[str, str], output: Path | None) -> int:
         print(next(iter(files.values())).rstrip("\n"))
         return 0
     folder = output or Path()
+    if len(files) > 1 and folder.suffix and not folder.is_dir():
+        raise CallError(SeveralFiles(None, str(folder), " and ".join(files), str(folder.with_suffix(""))))
     for name, text in files.items():
         path = folder if len(files) == 1 and folder.suffix else folder / name
         write(path, text)

@@ -15,12 +15,18 @@ from attncc.syntax import format_source
 
 def check(arguments: argparse.Namespace) -> int:
     """Every attention of every file, and all errors of all files."""
-    from attncc.check.specification import check_all
+    from attncc.check.specification import check_all, check_source
+
+    def names(path: str) -> list[str]:
+        source, constants = read(Path(path)), dict(arguments.set)
+        if arguments.name is None:
+            return list(check_all(source, constants))
+        return [check_source(source, name=arguments.name, constants=constants).name]
 
     errors: list[AttnError] = []
     for path in arguments.files:
         try:
-            for name in check_all(read(Path(path)), dict(arguments.set)):
+            for name in names(path):
                 print(f"{path}: {name}: ok")
         except AttnError as error:
             errors.append(error)
