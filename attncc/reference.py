@@ -76,6 +76,7 @@ class Scope:
     holes     the values of `qk`, `score`
     rows      for row transforms: the untransformed rows (R, width), read at `position` (R, 1)
     floating  the element type of floats that come from ints and literals
+    row_dtype what transformed rows are rounded to
     reads     collects reads outside their tensors
     """
 
@@ -87,6 +88,7 @@ class Scope:
     rows: Mapping[RowName, Tensor]
     position: Tensor | None = None
     floating: torch.dtype = torch.float64
+    row_dtype: torch.dtype = torch.float64
 
 
 TRUE = torch.tensor(True)
@@ -187,16 +189,19 @@ def evaluate(
     v: Tensor,
     inputs: Mapping[str, Tensor | bool | float],
     q_offset: int | None = None,
+    *,
+    rounded_rows: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The output and the log of the row's sum of weights, in float64.
 
     q (B, H, M, D), k (B, HKV, N, D), v (B, HKV, N, E) -> o (B, H, M, E), lse (B, H, M); lse is None where weights are
     not summed (`Elementwise`). `inputs`: captured tensors and scalars by name; scalars left out take their defaults.
+    rounded_rows: transformed rows are rounded to the type of q, k and v, as kernels must store them; nothing else is.
     Raises `OutOfRange` for a read outside its tensor at a kept pair; what masked pairs read is never looked at.
     """
     # Index tensors are made where the operands are.
     with nullcontext() if q.device.type == "cpu" else q.device:
-        return _evaluate(attention, q, k, v, inputs, q_offset)
+        return _evaluate(attention, q, k, v, inputs, q_offset, q.dtype if rounded_rows else torch.float64)
 
 
 def _evaluate(
@@ -206,6 +211,7 @@ def _evaluate(
     v: Tensor,
     inputs: Mapping[str, Tensor | bool | float],
     q_offset: int | None,
+    row_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     batch, heads, rows, width_qk = q.shape
     heads_kv, keys = k.shape[1:3]
@@ -213,7 +219,7 @@ def _evaluate(
     sizes = {"B": batch, "H": heads, "HKV": heads_kv, "M": rows, "N": keys, "D": width_qk, "E": v.shape[3]}
     scalars = {p.name: p.default for p in attention.scalars if p.default is not None}
     captured = {name: _widened(torch.as_tensor(x)) for name, x in {**scalars, **inputs}.items()}
-    scope = Scope({}, {**sizes, "q_offset": offset}, captured, [], {}, {})
+    scope = Scope({}, {**sizes, "q_offset": offset}, captured, [], {}, {}, row_dtype=row_dtype)
     q, k, v = (_widened(x) for x in (q, k, v))
     outputs: list[Tensor] = []
     sums: list[Tensor] = []
@@ -295,7 +301,7 @@ def transformed(expr: Expr, row: RowName, x: Tensor, positions: Mapping[str, Ten
     )
     result = value(expr, inner)
     check_reads(inner)
-    return result.broadcast_to(x.shape)
+    return result.to(scope.row_dtype).to(x.dtype).broadcast_to(x.shape)
 
 
 def _at_rows(expr: Expr, positions: Mapping[str, Tensor], scope: Scope) -> Tensor:

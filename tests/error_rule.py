@@ -36,28 +36,31 @@ def check_kernel(
     q, k, v = (x.detach().cpu() for x in (q, k, v))
     inputs = {name: x.detach().cpu() if isinstance(x, Tensor) else x for name, x in inputs.items()}
     reference = evaluate(attention, q, k, v, inputs, q_offset)
-    assert_close(out, lse, reference, same_dtype_formula(attention, q, k, v, inputs, q_offset))
+    rounded = evaluate(attention, q, k, v, inputs, q_offset, rounded_rows=True)
+    assert_close(out, lse, reference, same_dtype_formula(attention, q, k, v, inputs, q_offset), rounded)
 
 
 def assert_close(
     out: Tensor,
     lse: Tensor | None,
     reference64: tuple[Tensor, Tensor | None],
-    same_dtype: tuple[Tensor, Tensor | None],
+    *standards: tuple[Tensor, Tensor | None],
 ) -> None:
     """Assert the error rule for `out` and, where a kernel returned it, for `lse`.
 
-    `reference64` and `same_dtype` are (o, lse) of `attncc.reference.evaluate` and of `same_dtype_formula`.
+    `reference64` and `standards` are (o, lse) of `attncc.reference.evaluate`, and of `same_dtype_formula` and of
+    `evaluate` with rounded rows.
     """
-    check_tensor("out", out, reference64[0], same_dtype[0])
+    check_tensor("out", out, reference64[0], *(o for o, _ in standards))
     if lse is not None:
-        assert reference64[1] is not None and same_dtype[1] is not None, "this attention has no lse"
-        check_tensor("lse", lse, reference64[1], same_dtype[1])
+        plain = [x for _, x in standards if x is not None]
+        assert reference64[1] is not None and plain, "this attention has no lse"
+        check_tensor("lse", lse, reference64[1], *plain)
 
 
-def check_tensor(name: str, found: Tensor, reference: Tensor, plain: Tensor) -> None:
-    """Assert that `found` is as close to `reference` as the rule asks, given the `plain` formula's result."""
-    message = compare(name, found.cpu(), reference, plain)
+def check_tensor(name: str, found: Tensor, reference: Tensor, *plain: Tensor) -> None:
+    """Assert that `found` is as close to `reference` as the rule asks, given the results of plain formulas."""
+    message = compare(name, found.cpu(), reference, *plain)
     assert message is None, message
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from strategies import Call, attentions, calls, cases
 from test_reference import CAUSAL, spec
 
+from attncc.build import check
 from attncc.eager import eager
 from attncc.error_rule import ULPS
 from attncc.ir.nodes import Attention
@@ -70,6 +71,22 @@ def test_the_bound_is_tight_enough_to_notice(dtype: torch.dtype) -> None:
     lse = reference[1].float() + (0.1 if dtype.itemsize == 2 else 1e-4)
     with pytest.raises(AssertionError, match="lse"):
         assert_close(plain[0], lse, reference, plain)
+
+
+def test_a_plain_formula_that_is_exact_by_luck_sets_no_standard_for_rounded_rows() -> None:
+    """One pair in bf16: the plain formula rounds q * gain and the product, and the second undoes what the first did.
+    A kernel rounds the row too, as the language says, and nothing after it."""
+    attention = check("attention gained(gain: float[H, D]):\n    q = q * gain[h]\n")
+    q, k, v = (torch.full((1, 1, 1, 1), x, dtype=torch.bfloat16) for x in (1.5390625, -0.29296875, 1.0))
+    inputs = {"gain": torch.tensor([[0.875]])}
+    exact = 1.5390625 * 0.875 * -0.29296875
+    kernel = torch.tensor(1.5390625 * 0.875).bfloat16().float() * -0.29296875
+    plain = same_dtype_formula(attention, q, k, v, inputs)[1]
+    assert plain is not None and abs(plain.item() - exact) < 4e-6
+    assert abs(kernel.item() - exact) > 8e-4
+    check_kernel(v, kernel.reshape(1, 1, 1), attention, q, k, v, inputs)
+    with pytest.raises(AssertionError, match="lse"):
+        check_kernel(v, torch.full((1, 1, 1), exact + 3 * (kernel.item() - exact)), attention, q, k, v, inputs)
 
 
 def test_special_values_must_stand_where_the_reference_has_them() -> None:
