@@ -214,7 +214,7 @@ def _per_query_head(x: Tensor, heads: int) -> Tensor:
 
 
 def _summed(x: Tensor, heads: int) -> Tensor:
-    return x.reshape(x.shape[0], heads, -1, *x.shape[2:]).sum(2)
+    return x.unflatten(1, (heads, x.shape[1] // heads)).sum(2)
 
 
 def _zeros(along: str, bound: Bound, part: Expr) -> Tensor:
@@ -222,5 +222,5 @@ def _zeros(along: str, bound: Bound, part: Expr) -> Tensor:
     if along == "pair":
         assert isinstance(part, Load)
         return torch.zeros(bound.tensors[part.tensor].shape, dtype=F64)
-    last = {"head": (), "row": (sizes.M,), "column": (sizes.N,), "diagonal": (sizes.M + sizes.N - 1,)}[along]
+    last = {"head": (), "row": (sizes.M,), "column": (sizes.N,), "diagonal": (max(sizes.M + sizes.N - 1, 0),)}[along]
     return torch.zeros(sizes.B, sizes.H, *last, dtype=F64)

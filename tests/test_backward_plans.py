@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from backward_interpreter import Interpreter
 from formulas import VARIANTS, Sizes
+from hypothesis import given, settings
+from strategies import Call, cases
 
 from attncc.build import check
-from attncc.ir.nodes import Attention
+from attncc.ir.nodes import Attention, TensorParameter
+from attncc.ir.types import FLOATS
 from attncc.plan.backward import plan_backward
 from attncc.plan.nodes import Target
 from attncc.reference import evaluate
@@ -70,7 +74,8 @@ def assert_gradients(
         total = lse.detach()
         dtotal = torch.randn(lse.shape, generator=generator, dtype=F64).where(lse.isfinite(), 0.0)
         loss = loss + (lse * dtotal).where(lse.isfinite(), 0.0).sum()
-    loss.backward()
+    if loss.requires_grad:
+        loss.backward()
 
     bound = Signature(attention).bind(q, k, v, q_offset, inputs)
     program = plan_backward(attention, specialization_of(q, bound), TARGET, frozenset(tensors))
@@ -108,3 +113,29 @@ def test_specifications(name: str) -> None:
     if name == "signed sums":
         q, k = q.abs(), k.abs()
     assert_gradients(attention, q, k, v, inputs)
+
+
+@given(case=cases(dtype=F64, longest=20, widest=16))
+@settings(max_examples=40)
+def test_a_drawn_specification(case: tuple[Attention, Call]) -> None:
+    check_drawn(*case)
+
+
+@pytest.mark.slow
+@given(case=cases(dtype=F64, longest=20, widest=16))
+@settings(max_examples=1000)
+def test_many_drawn_specifications(case: tuple[Attention, Call]) -> None:
+    check_drawn(*case)
+
+
+def check_drawn(attention: Attention, call: Call) -> None:
+    """With captured floats in float64, whatever the specification says."""
+    parameters = tuple(
+        replace(p, dtypes=FLOATS) if isinstance(p, TensorParameter) and p.dtypes[0] in FLOATS else p
+        for p in attention.parameters
+    )
+    inputs = {
+        name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for name, x in call.inputs.items()
+    }
+    assert_gradients(replace(attention, parameters=parameters), call.q, call.k, call.v, inputs, call.q_offset)
