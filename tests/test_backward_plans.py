@@ -116,14 +116,14 @@ def test_specifications(name: str) -> None:
 
 
 @given(case=cases(dtype=F64, longest=20, widest=16))
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_a_drawn_specification(case: tuple[Attention, Call]) -> None:
     check_drawn(*case)
 
 
 @pytest.mark.slow
 @given(case=cases(dtype=F64, longest=20, widest=16))
-@settings(max_examples=1000)
+@settings(max_examples=1000, deadline=None)
 def test_many_drawn_specifications(case: tuple[Attention, Call]) -> None:
     check_drawn(*case)
 
