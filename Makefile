@@ -32,6 +32,7 @@ lint: $(READY)  ## format, style, types, layers, dead code
 
 bench: $(READY)  ## the benchmark grid on this machine; writes benchmarks/results/
 	$(BIN)/python benchmarks/forward.py
+	$(BIN)/python benchmarks/backward.py
 	$(BIN)/python benchmarks/long.py
 	$(BIN)/python benchmarks/latency.py
 

@@ -49,6 +49,7 @@ class Result:
     dtype: str
     threads: int
     pairs: int
+    backward: bool
     peak_gflops: float | None
     machine: str
     torch_version: str
@@ -69,12 +70,14 @@ def bench(
     against: Sequence[str] = tuple(PEERS),
     repeat: int = 9,
     pairs: int | None = None,
+    backward: bool = False,
     compiler: str | None = None,
     tick: Callable[[str], object] = lambda _: None,
 ) -> Result:
     """Times `kernel`, a call of the compiled attention with the arguments of `call`, beside the peers named.
 
-    pairs: how many the mask keeps; counted if not given. compiler: of C++, to measure the machine's peak with.
+    pairs: how many the mask keeps; counted if not given. backward: each call is followed by its backward pass, to q, k
+    and v, which `call` then has as leaves that require a gradient. compiler: of C++, to measure the machine's peak.
     """
     runnable: dict[str, Callable[[], Tensor]] = {OWN: kernel}
     notes: dict[str, str] = {}
@@ -85,6 +88,8 @@ def bench(
             notes[name] = f"cannot express it: {peer.reason}"
         else:
             runnable[name] = peer
+    if backward:
+        runnable = {name: _with_backward(function, call) for name, function in runnable.items()}
     for name, function in list(runnable.items()):
         message = _does_not_run(function)
         if message is not None and name != OWN:
@@ -93,6 +98,8 @@ def bench(
     timings = alternate(_synchronized(runnable, call.q.device), repeat, tick=tick)
     pairs = count_kept_pairs(attention, call) if pairs is None else pairs
     operations = 2 * pairs * (call.q.shape[3] + call.v.shape[3])
+    if backward:
+        operations = operations * 7 // 2  # of seven products two are of the forward pass
     on_cpu = call.q.device.type == "cpu"
     top = peak(call.q.dtype, compiler) if compiler is not None and on_cpu else None
     own = timings[OWN].median
@@ -106,11 +113,26 @@ def bench(
         dtype=DTYPES[call.q.dtype].value,
         threads=torch.get_num_threads(),
         pairs=pairs,
+        backward=backward,
         peak_gflops=None if top is None else top / 1e9,
         machine=machine() if on_cpu else torch.cuda.get_device_name(),
         torch_version=torch.__version__,
         rows=tuple(rows),
     )
+
+
+def _with_backward(function: Callable[[], Tensor], call: Call) -> Callable[[], Tensor]:
+    """`function`, and the gradients of q, k and v from a gradient of its output."""
+    leaves = (call.q, call.k, call.v)
+    do = torch.randn((*call.q.shape[:3], call.v.shape[3]), generator=torch.Generator().manual_seed(0))
+    do = do.to(call.q.device, call.q.dtype)
+
+    def both() -> Tensor:
+        o = function()
+        torch.autograd.grad(o, leaves, do)
+        return o
+
+    return both
 
 
 def _does_not_run(function: Callable[[], Tensor]) -> str | None:
@@ -152,7 +174,8 @@ def table(result: Result) -> Table:
     """The comparison as a person reads it."""
     shape = " ".join(f"{name}={size}" for name, size in result.shape.items())
     plural = "s" if result.threads > 1 else ""
-    out = Table(title=f"{result.attention}, {result.dtype}, {shape}, {result.threads} thread{plural}")
+    what = f"{result.attention}{', forward and backward' if result.backward else ''}"
+    out = Table(title=f"{what}, {result.dtype}, {shape}, {result.threads} thread{plural}")
     out.add_column("")
     for heading in ("median ms", "against attncc", "GFLOP/s", "share of peak"):
         out.add_column(heading, justify="right")

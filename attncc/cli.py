@@ -142,6 +142,7 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=DTYPES, action="append", help="may be given several times; f32 and bf16 if not"
     )
     bench.add_argument("--against", metavar="PEER,…", default="eager,sdpa,flex", help="among eager, sdpa, flex")
+    bench.add_argument("--backward", action="store_true", help="with the gradients of q, k and v")
     bench.add_argument("--repeat", type=_positive, default=9, help="samples of each contender")
     bench.add_argument("--threads", type=_positive, help="of PyTorch; with 1, processor time is measured")
     bench.add_argument("--json", metavar="FILE", type=Path, help="file to write the results to, - for stdout")

@@ -102,7 +102,7 @@ def test_the_points_of_all_times_are_below_one_another() -> None:
         Row(name, name, Timing(seconds, seconds, 3, undisturbed), 1.0, gflops, None)
         for name, seconds, undisturbed, gflops in (("attncc", 0.0012, True, 9.96), ("eager", 0.123, False, 100.0))
     )
-    result = Result("drawn", {"B": 1}, "f32", 2, 1, None, "a machine", "2", rows)
+    result = Result("drawn", {"B": 1}, "f32", 2, 1, False, None, "a machine", "2", rows)
     console = Console(width=110, file=StringIO(), record=True)
     console.print(table(result))
     lines = [line.split("│") for line in console.export_text().splitlines() if line.startswith("│")]

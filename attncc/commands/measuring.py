@@ -36,6 +36,8 @@ def bench(arguments: argparse.Namespace) -> int:
     results: list[Result] = []
     for dtype in arguments.dtype or ("f32", "bf16"):
         q, k, v, inputs = call_arguments(loaded, arguments, TORCH_DTYPES[DType(dtype)], device)
+        for x in (q, k, v):
+            x.requires_grad_(arguments.backward)
         with progress() as bar:
             task = bar.add_task("", total=None)
             result = compare(
@@ -44,6 +46,7 @@ def bench(arguments: argparse.Namespace) -> int:
                 Call(q, k, v, inputs),
                 against=against,
                 repeat=arguments.repeat,
+                backward=arguments.backward,
                 compiler=find_compiler().command[0] if device == "cpu" else None,
                 tick=lambda name: bar.update(task, description=f"{loaded.attention.name}, {dtype}: {name}"),
             )
