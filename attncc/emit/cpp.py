@@ -61,6 +61,8 @@ _CALL = re.compile(r"([a-z0-9_]+)_\(.*\)")
 
 # Spelt with C++'s own operators: for scalars, for masks.
 _LOGICAL = {"and": ("&&", "&"), "or": ("||", "|")}
+# Functions that return 32 bits, whatever they take.
+_NARROWING = ("to_int", "random_key")
 
 
 class CppPrinter:
@@ -360,8 +362,8 @@ class CppPrinter:
             condition = args[:1] if len(args) == 3 and args[0].kind is Kind.BOOL else []
             args = [*condition, *(self._to_lanes(arg) for arg in args[len(condition) :])]
         text = spelling.format(*(arg.text for arg in args))
-        narrow_result = expr.op == "to_int"
-        return Printed(text, kind, lanes, wide and kind is Kind.INT and not narrow_result)
+        wide_result = wide and kind is Kind.INT and expr.op not in _NARROWING
+        return Printed(text, kind, lanes, wide_result)
 
     def _is_wide(self, expr: Apply, args: list[Printed]) -> bool:
         """Whether the arguments must be 64-bit: one is, or the result may not fit in fewer."""

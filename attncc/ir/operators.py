@@ -221,6 +221,11 @@ _ROWS = (
     _row("to_int", "F>I B>I", meaning.to_int, {F: rules.float_to_int, B: _up("to_int")},
          "to_int_({0})", "attn_to_int({0})",
          "without its fraction, within ±2**30 (NaN: 0); 0 or 1"),
+    # Random numbers by counter. No specification names them; passes do.
+    _row("random_key", "II>I", meaning.random_key, None, "random_key_({0}, {1})", "attn_random_key({0}, {1})",
+         "a key in [0, 2**31) for a stream of a seed"),
+    _row("uniform", "III>F", meaning.uniform, None, "uniform_({0}, {1}, {2})", "attn_uniform({0}, {1}, {2})",
+         "number (a, b) of a key: a multiple of 2**-24 in [0, 1)"),
 )
 # fmt: on
 

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from attncc.ir.philox import WORD, philox_2x32, philox_4x32
+
 # Floats convert to ints within these bounds, exact in every float type that a kernel computes in.
 INT_LIMIT = 2**30
 
@@ -95,3 +97,17 @@ def softplus(a: Tensor) -> Tensor:
 def relu(a: Tensor) -> Tensor:
     """Derivative 0 at 0, as `torch.relu`; NaN stays."""
     return torch.relu(a)
+
+
+def random_key(seed: Tensor, stream: Tensor) -> Tensor:
+    """The upper 31 bits of the first word of Philox 4x32 with the stream as counter and the seed as key, both of 64
+    bits."""
+    zero = torch.zeros_like(seed + stream)
+    counter = stream & WORD, stream >> 32 & WORD, zero, zero
+    return philox_4x32(counter, (seed & WORD, seed >> 32 & WORD))[0] >> 1
+
+
+def uniform(key: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The upper 24 bits of the first word of Philox 2x32 with counter (a, b): a fraction that every float type which
+    kernels compute in holds exactly. Only the lower 32 bits of the arguments count."""
+    return (philox_2x32((a & WORD, b & WORD), key & WORD)[0] >> 8).to(torch.float64) * 2.0**-24

@@ -215,4 +215,5 @@ _RULES: dict[str, Callable[..., Range]] = {
     "popcount": lambda a: Range(0, max(x.bit_length() for x in a)),
     "bit_length": lambda a: Range(0, max(x.bit_length() for x in a)),
     "to_int": lambda a: a,  # of a bool
+    "random_key": lambda _, __: Range(0, INT32.hi),
 }

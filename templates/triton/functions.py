@@ -194,3 +194,41 @@ def attn_to_int(x):
         bounded = tl.minimum(tl.maximum(x, -1073741824.0), 1073741824.0)
         whole = tl.where(x == x, bounded, 0.0).to(tl.int32)
     return whole
+
+
+@triton.jit
+def attn_random_key(seed, stream):
+    """The upper 31 bits of the first word of Philox 4x32 with the stream as counter and the seed as key."""
+    k = tl.cast(seed, tl.uint32)
+    m = tl.cast(tl.cast(seed, tl.int64) >> 32, tl.uint32)
+    x = tl.cast(stream, tl.uint32)
+    y = tl.cast(tl.cast(stream, tl.int64) >> 32, tl.uint32)
+    z = x & 0
+    w = x & 0
+    for _ in tl.static_range(10):
+        high_x = tl.umulhi(x, 0xD2511F53)
+        low_x = x * 0xD2511F53
+        high_z = tl.umulhi(z, 0xCD9E8D57)
+        low_z = z * 0xCD9E8D57
+        x = high_z ^ y ^ k
+        y = low_z
+        z = high_x ^ w ^ m
+        w = low_x
+        k += 0x9E3779B9
+        m += 0xBB67AE85
+    return (x >> 1).to(tl.int32)
+
+
+@triton.jit
+def attn_uniform(key, a, b):
+    """The upper 24 bits of the first word of Philox 2x32 with counter (a, b), as a fraction."""
+    k = tl.cast(key, tl.uint32)
+    x = tl.cast(a, tl.uint32)
+    y = tl.cast(b, tl.uint32)
+    for _ in tl.static_range(10):
+        high = tl.umulhi(x, 0xD256D193)
+        low = x * 0xD256D193
+        x = high ^ k ^ y
+        y = low
+        k += 0x9E3779B9
+    return (x >> 8).to(tl.int32).to(FLOAT) * 5.9604644775390625e-08  # 2**-24
