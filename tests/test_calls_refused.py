@@ -253,6 +253,32 @@ def test_every_reason_to_refuse_a_call_is_tested() -> None:
 
 
 @pytest.mark.parametrize(
+    ("spec", "shapes", "named", "calls"),
+    [
+        # A step of decoding, 8 heads over 2.
+        ("plain", ((1, 1, 8, 16), (1, 30, 2, 16), (1, 30, 2, 8)), {}, "q.transpose(1, 2), k.transpose(1, 2), v"),
+        ("plain", ((1, 8, 1, 16), (1, 30, 2, 16), (1, 30, 2, 8)), {}, "pass k.transpose(1, 2), v.transpose(1, 2)"),
+        ("plain", ((1, 5, 2, 16), (1, 2, 7, 16), (1, 2, 7, 8)), {}, "pass q.transpose(1, 2)"),
+        ("plain", ((1, 2, 7, 16), (1, 2, 7, 16), (1, 7, 2, 8)), {}, "pass v.transpose(1, 2)"),
+        # Only the captured tensor tells which axis is which.
+        ("slopes", ((1, 9, 2, 16),) * 3, {"slope": torch.ones(2)}, "q.transpose(1, 2), k.transpose(1, 2), v"),
+    ],
+)
+def test_heads_after_rows(spec: str, shapes: tuple[Any, ...], named: dict[str, Any], calls: str) -> None:
+    q, k, v = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(CallError) as caught:
+        built(spec)(q, k, v, **named)
+    assert str(caught.value).count("the order is (batch, heads, rows, width)") == 1
+    assert calls in str(caught.value)
+
+
+def test_no_order_of_axes_is_blamed_for_what_it_does_not_explain() -> None:
+    with pytest.raises(CallError) as caught:
+        built("plain")(_Q, _K[..., :6], _V)
+    assert "transpose" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("spec", "extra", "named", "words"),
     [
         ("window", (128,), {}, "write attn(q, k, v, window=128)"),

@@ -15,6 +15,7 @@ from attncc.check.name_errors import NeedsCall, NotAFunction, UnknownFunction, U
 from attncc.check.reporter import Expansion, Reporter
 from attncc.check.rope import SCALINGS, Scaling
 from attncc.check.type_errors import (
+    NeverInside,
     NoAttributes,
     NotConstant,
     NotIndexable,
@@ -28,10 +29,11 @@ from attncc.check.values import (
     Unknown,
     Value,
     constant,
+    size_text,
 )
-from attncc.check.world import LATER_FUNCTIONS, named
+from attncc.check.world import COORDINATE_OF, LATER_FUNCTIONS, named
 from attncc.diagnostics import Diagnostic, Label
-from attncc.ir.nodes import Expr
+from attncc.ir.nodes import Constant, Expr, Size
 from attncc.ir.types import Kind
 from attncc.source import Span
 from attncc.syntax import nodes
@@ -295,6 +297,7 @@ class Evaluator(Kinds):
             indices.append(None)
         if len(indices) != axes or indices.count(None) > 1:
             raise self.fail(self._wrong_count(meaning, node, len(slices)))
+        self._refuse_never_inside(meaning, indices, node)
         if None not in indices:
             return Value(meaning.load(tuple(i for i in indices if i is not None), self.place(node.span)), meaning.kind)
         return self.row_of(meaning, indices, node.span)
@@ -303,6 +306,21 @@ class Evaluator(Kinds):
         value = self.scalar(self.evaluate(node), node.span, "an index")
         self.require(value, Kind.INT, node.span, "an index")
         return value.expr
+
+    def _refuse_never_inside(self, tensor: Tensor, indices: Sequence[Expr | None], node: nodes.Subscript) -> None:
+        """Reports an index that is outside its axis whatever the call: the size of the axis, or a constant."""
+        for axis, (index, size) in enumerate(zip(indices, tensor.parameter.shape, strict=True)):
+            match index, size:
+                case Size(name=name), Size() if index == size:
+                    hint = f"did you mean `{COORDINATE_OF[name]}`?" if name in COORDINATE_OF else "write `:` for all"
+                case Constant(value=value), _ if value < 0:
+                    hint = "indices do not wrap: the last one is the size of the axis - 1"
+                case Constant(value=value), Constant(value=length) if value >= length:
+                    hint = "indices count from 0"
+                case _:
+                    continue
+            span = node.indices[axis].span
+            self.fail(NeverInside(span, tensor.parameter.name, axis, size_text(size), span.text, hint))
 
     def _wrong_count(self, tensor: Tensor, node: nodes.Subscript, slices: int) -> Diagnostic:
         axes = len(tensor.parameter.shape)

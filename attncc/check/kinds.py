@@ -45,6 +45,15 @@ KIND_NAMES = {Kind.BOOL: "a bool", Kind.INT: "an int", Kind.FLOAT: "a float"}
 _MAX_INT_POWER = 63
 
 
+# What to write for bools in place of an operator on bits, by the end of the role of its operand.
+_FOR_BOOLS = {
+    "`&`": "bools are combined by `and`, which binds less tightly than comparisons",
+    "`|`": "bools are combined by `or`, which binds less tightly than comparisons",
+    "`^`": "bools are compared by `!=`",
+    "`~`": "write `not`",
+}
+
+
 class Failed(Exception):
     """The expression at hand has an error, which was reported."""
 
@@ -239,6 +248,8 @@ def kind_hint(found: Kind, expected: frozenset[Kind], text: str, role: str) -> s
     """What to write instead."""
     short = text if len(text) <= 30 and "\n" not in text else "x"
     match found, expected:
+        case Kind.BOOL, _ if role[-3:] in _FOR_BOOLS:
+            return _FOR_BOOLS[role[-3:]]
         case Kind.BOOL, _:
             return f"choose by it: `x if {short} else y`; `int({short})` makes 0 or 1 of it"
         case Kind.INT, _ if Kind.BOOL in expected:

@@ -297,3 +297,23 @@ class NoAttributes(Diagnostic):
     good = "attention shifted(bias: float[H]):\n    score = qk + bias[h]\n"
 
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class NeverInside(Diagnostic):
+    code = "A0318"
+    title = "index {index} is outside axis {axis} of `{tensor}`, which has size {size}"
+    label = "outside in every call"
+    help = "{hint}"
+    explanation = (
+        "Indices count from 0 and do not wrap: those of an axis of size N end with N - 1. Coordinates of a pair are "
+        "written in lower case, `b` for instance, and sizes in upper case, `B`."
+    )
+    bad = "attention padded(lengths: int[B]):\n    mask = kv_idx < lengths[B]\n"
+    good = "attention padded(lengths: int[B]):\n    mask = kv_idx < lengths[b]\n"
+
+    tensor: str
+    axis: int
+    size: str
+    index: str
+    hint: str

@@ -12,6 +12,8 @@ from attncc.source import Span
 
 COORDINATES = ("b", "h", "hkv", "q_row", "q_idx", "kv_idx")
 SIZES = ("B", "H", "HKV", "M", "N", "D", "E")
+# What runs over an axis of this size.
+COORDINATE_OF: dict[SizeName, str] = {"B": "b", "H": "h", "HKV": "hkv", "M": "q_row", "N": "kv_idx"}
 ROWS: dict[RowName, SizeName] = {"q": "D", "k": "D", "v": "E"}
 HOLES = ("qk", "score")
 CONSTANTS = {"inf": math.inf, "pi": math.pi}

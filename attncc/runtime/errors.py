@@ -62,6 +62,10 @@ class WrongSize(Diagnostic):
     meaning: str
     shape: str
     because: str = ""
+    hint: str = ""
+
+    def helps(self) -> tuple[str, ...]:
+        return (*Diagnostic.helps(self), *filter(None, (self.hint,)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,10 @@ class HeadsDoNotDivide(Diagnostic):
 
     heads: int
     heads_kv: int
+    hint: str = ""
+
+    def helps(self) -> tuple[str, ...]:
+        return (*Diagnostic.helps(self), *filter(None, (self.hint,)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,7 +77,31 @@ def refuse(signature: Signature, operands: Mapping[str, Any], q_offset: Any, inp
         *_captured_reasons(signature, sizes, inputs, device),
     ]
     assert reasons, "arguments were refused without a reason"
-    return CallError(*reasons)
+    return CallError(*_with_layout(reasons, signature, sound, inputs))
+
+
+def _with_layout(
+    reasons: list[Diagnostic], signature: Signature, sound: Mapping[str, Tensor], inputs: Mapping[str, Any]
+) -> list[Diagnostic]:
+    """The reasons; the first one of shapes says so where the tensors would fit with heads and rows exchanged."""
+    for i, reason in enumerate(reasons):
+        if isinstance(reason, WrongSize | HeadsDoNotDivide):
+            exchanged = next((e for e in ("qkv", "kv", "q", "k", "v") if _fit(e, signature, sound, inputs)), "")
+            if exchanged:
+                calls = ", ".join(f"{name}.transpose(1, 2)" for name in exchanged)
+                hint = f"the order is (batch, heads, rows, width): where heads come after rows, pass {calls}"
+                reasons[i] = replace(reason, hint=hint)
+            break
+    return reasons
+
+
+def _fit(exchanged: str, signature: Signature, sound: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> bool:
+    """Whether all shapes agree when heads and rows of the operands named change places."""
+    try:
+        sizes = operand_sizes(*(sound[n].transpose(1, 2) if n in exchanged else sound[n] for n in "qkv"))
+        return all(tuple(inputs[p.name].shape) == signature.shape(p.name, sizes) for p in signature.tensors)
+    except (Mismatch, ValueError, KeyError, AttributeError):
+        return False
 
 
 def by_position(signature: Signature, extra: Sequence[Any], inputs: Mapping[str, Any]) -> CallError:
