@@ -218,7 +218,7 @@ def _evaluate(
     offset = keys - rows if q_offset is None else q_offset
     sizes = {"B": batch, "H": heads, "HKV": heads_kv, "M": rows, "N": keys, "D": width_qk, "E": v.shape[3]}
     scalars = {p.name: p.default for p in attention.scalars if p.default is not None}
-    captured = {name: _widened(torch.as_tensor(x)) for name, x in {**scalars, **inputs}.items()}
+    captured = {name: _widened(x) for name, x in {**scalars, **inputs}.items()}
     scope = Scope({}, {**sizes, "q_offset": offset}, captured, [], {}, {}, row_dtype=row_dtype)
     q, k, v = (_widened(x) for x in (q, k, v))
     outputs: list[Tensor] = []
@@ -237,8 +237,10 @@ def _evaluate(
     return o, torch.stack(sums).reshape(shape) if sums else q.new_zeros(shape)
 
 
-def _widened(x: Tensor) -> Tensor:
+def _widened(x: Tensor | bool | float) -> Tensor:
     """`x` as float64, int64 or bool."""
+    if not isinstance(x, Tensor):
+        return _scalar(x, torch.float64)
     if x.dtype == torch.bool:
         return x
     return x.to(torch.float64 if x.is_floating_point() else torch.int64)

@@ -122,7 +122,7 @@ def same_dtype_formula(
 
 def _captured(x: Tensor | bool | float, floating: torch.dtype) -> Tensor:
     """Floats in the dtype that the kernel computes in, ints as int64."""
-    x = torch.as_tensor(x)
+    x = torch.tensor(x, dtype=floating if isinstance(x, float) else None) if not isinstance(x, Tensor) else x
     if x.dtype == torch.bool:
         return x
     return x.to(floating if x.is_floating_point() else torch.int64)

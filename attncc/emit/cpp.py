@@ -280,11 +280,13 @@ class CppPrinter:
             case Parameter(name=name, kind=kind):
                 return self._as_real(Printed(mangle(name), kind, f64=self._row_levels is not None))
             case Variable(name=name):
-                return self._as_real(self._variables[name])
+                return self._as_outer(self._as_real(self._variables[name]))
             case Hole(name=name):
                 return Printed(name, Kind.FLOAT, lanes=True)
             case Load():
-                return self._load(expr)
+                return self._as_outer(self._load(expr))
+            case Apply(op="to_float", args=(arg,)) if self._outer:
+                return Printed(f"double({self._print(arg).text})", Kind.FLOAT, f64=True)
             case Apply():
                 return self._apply(expr)
             case Summary():
@@ -401,6 +403,12 @@ class CppPrinter:
         if value.kind is not Kind.FLOAT or not value.f64 or self._outer or self.machine.real == "double":
             return value
         return replace(value, text=f"real({value.text})", f64=False)
+
+    def _as_outer(self, value: Printed) -> Printed:
+        """A value of the type of the elements as the levels outside rows compute with it."""
+        if value.kind is not Kind.FLOAT or value.f64 or not self._outer or self.machine.real == "double":
+            return value
+        return replace(value, text=f"double({value.text})", level=ATOM, f64=True)
 
     # --- widths and lanes -------------------------------------------------------------------------------------------
 
