@@ -134,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--examples", type=_positive, default=40, help="cases to draw for each target")
     verify.add_argument("--longest", type=_positive, default=300, help="most keys of a case")
     verify.add_argument("--seed", type=int, default=0)
+    verify.add_argument("--forward-only", action="store_true", help="no gradients: those take most of the time")
 
     bench = add("bench", "time a specification beside PyTorch")
     _spec(bench)

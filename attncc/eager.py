@@ -126,13 +126,16 @@ def eager(
     match attention.normalizer:
         case Softmax(sink=sink):
             score = score.masked_fill(~kept, -torch.inf)
+            nothing = ~kept.any(-1, keepdim=True)
+            if sink is None and nothing.any():
+                score = score.masked_fill(nothing, 0.0)  # or such a row would be NaN, and its gradient too
             if sink is not None:
                 extra = torch_value(sink, env).to(score.dtype).expand(*score.shape[:-1], 1)
                 score = torch.cat([score, extra], -1)
             weight = torch.softmax(score, -1)
             if sink is not None:
                 weight = weight[..., :-1]
-            if not kept.any(-1).all():
+            if nothing.any():
                 weight = weight.masked_fill(~kept, 0.0)
         case Elementwise(weight=expr):
             weight = torch_value(expr, replace(env, holes={"score": score})).masked_fill(~kept, 0.0)

@@ -21,6 +21,7 @@ from torch import Tensor
 from attncc.diagnostics import AttnError, BuildError, render
 from attncc.eager import eager
 from attncc.error_rule import compare
+from attncc.gradients import compare_gradients
 from attncc.inputs import captured_tensors, operands
 from attncc.ir.nodes import Attention, Load, ScalarParameter
 from attncc.ir.rewrite import walk
@@ -95,9 +96,11 @@ def verify(
     examples: int = 50,
     longest: int = 300,
     seed: int = 0,
+    gradients: bool = True,
     tick: Callable[[], object] = lambda: None,
 ) -> Report:
-    """Tries `kernel` (called as a compiled attention with return_lse=True is, returning o and lse or None).
+    """Tries `kernel` (called as a compiled attention with return_lse=True is, returning o and lse or None), and its
+    gradients if they are asked for.
 
     The examples are shared out among the types; the first type that fails ends it. At most `longest` keys. `tick` is
     called once per example; shrinking calls it too.
@@ -106,7 +109,7 @@ def verify(
     for i, dtype in enumerate(dtypes):
         share = examples // len(dtypes) + (i < examples % len(dtypes))
         if share and report.failure is None:
-            _verify_dtype(attention, kernel, report, dtype, share, longest, seed, tick)
+            _verify_dtype(attention, kernel, report, dtype, share, longest, seed, gradients, tick)
     return report
 
 
@@ -118,6 +121,7 @@ def _verify_dtype(
     examples: int,
     longest: int,
     seed: int,
+    gradients: bool,
     tick: Callable[[], object],
 ) -> None:
     @hypothesis.seed(seed)
@@ -133,7 +137,7 @@ def _verify_dtype(
     @hypothesis.given(cases(attention, dtype, longest))
     def holds(case: Case) -> None:
         tick()
-        message = _try(attention, kernel, case, report)
+        message = _try(attention, kernel, case, report, gradients)
         if message is not None:
             # The last one to fail is the smallest.
             report.failure = Failure(report.target, case, message)
@@ -148,7 +152,7 @@ class _CaseFailed(Exception):
     """Tells hypothesis that a case failed."""
 
 
-def _try(attention: Attention, kernel: _KERNEL, case: Case, report: Report) -> str | None:
+def _try(attention: Attention, kernel: _KERNEL, case: Case, report: Report, gradients: bool) -> str | None:
     """What is wrong with the kernel's result, or None."""
     try:
         q, k, v, tensors = case.arguments(attention)
@@ -185,6 +189,10 @@ def _try(attention: Attention, kernel: _KERNEL, case: Case, report: Report) -> s
         rounded = evaluate(attention, q, k, v, inputs, case.q_offset, rounded_rows=True)[1]
         assert rounded is not None
         message = compare("lse", lse, oracle[1], oracle[1].to(q.dtype), rounded)
+    if message is None and gradients:
+        message = compare_gradients(
+            attention, lambda *args, **keywords: kernel(*args, **keywords)[0], q, k, v, inputs, case.q_offset, case.seed
+        )
     return message
 
 

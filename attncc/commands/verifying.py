@@ -48,7 +48,7 @@ def verify(arguments: argparse.Namespace) -> int:
             task = bar.add_task(f"{attention.name} on {target}", total=arguments.examples)
             report = verify_target(
                 attention, target, kernel, dtypes=dtypes, examples=arguments.examples, longest=arguments.longest,
-                seed=arguments.seed, tick=lambda: bar.advance(task),
+                seed=arguments.seed, gradients=not arguments.forward_only, tick=lambda: bar.advance(task),
             )  # fmt: skip
         _print_report(console, report)
         if report.failure is not None:
