@@ -145,6 +145,8 @@ def eager(
             weight = torch.where(total == 0, 0.0, weight / total)
         case _:
             assert_never(attention.normalizer)
+    if attention.dropout is not None:
+        weight = weight * torch_value(attention.dropout, env)
     return weight.to(v.dtype) @ v
 
 

@@ -72,7 +72,7 @@ class ReservedName(Diagnostic):
     explanation = (
         "Coordinates, sizes, builtins and the arguments that every call has (`q`, `k`, `v`, `q_offset`, "
         "`return_lse`, …) keep their meaning everywhere; a parameter must also be a name that Python takes as a "
-        "keyword argument."
+        "keyword argument, and begin with a letter."
     )
     bad = "attention shifted(h: int):\n    mask = kv_idx <= q_idx + h\n"
     good = "attention shifted(shift: int):\n    mask = kv_idx <= q_idx + shift\n"

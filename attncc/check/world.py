@@ -70,4 +70,6 @@ def reserved(name: str) -> str:
         return "this is an argument of every call"
     if keyword.iskeyword(name):
         return "this is a keyword of Python, so it cannot be passed by name"
+    if name.startswith("_"):
+        return "names that begin with an underscore are the compiler's own"
     return ""

@@ -151,6 +151,8 @@ def clauses(attention: Attention) -> Iterator[tuple[str, Expr]]:
             yield "weight", weight
         case _:
             assert_never(attention.normalizer)
+    if attention.dropout is not None:
+        yield "dropout", attention.dropout
 
 
 def map_clauses(attention: Attention, f: Callable[[Expr], Expr]) -> Attention:
@@ -166,10 +168,11 @@ def map_clauses(attention: Attention, f: Callable[[Expr], Expr]) -> Attention:
     )
     match attention.normalizer:
         case Softmax(sink=sink):
-            return replace(attention, normalizer=Softmax(None if sink is None else f(sink)))
+            attention = replace(attention, normalizer=Softmax(None if sink is None else f(sink)))
         case Elementwise(weight=weight):
-            return replace(attention, normalizer=Elementwise(f(weight)))
+            attention = replace(attention, normalizer=Elementwise(f(weight)))
         case Sum(weight=weight):
-            return replace(attention, normalizer=Sum(f(weight)))
+            attention = replace(attention, normalizer=Sum(f(weight)))
         case _:
             assert_never(attention.normalizer)
+    return attention if attention.dropout is None else replace(attention, dropout=f(attention.dropout))

@@ -79,6 +79,7 @@ def to_text(node: Attention | Expr) -> str:
 def _attention(a: Attention) -> str:
     clauses = [("q", _expr(a.q)), ("k", _expr(a.k)), ("v", _expr(a.v)), ("scale", _expr(a.scale))]
     clauses += [("score", _expr(a.score)), ("mask", _expr(a.mask)), *_normalizer(a.normalizer)]
+    clauses += [] if a.dropout is None else [("dropout", _expr(a.dropout))]
     lines = [f"attention {a.name}({', '.join(_parameter(p) for p in a.parameters)})"]
     if a.doc:
         lines.append(f"  doc       = {a.doc!r}")

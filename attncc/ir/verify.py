@@ -87,6 +87,8 @@ def verify(attention: Attention) -> None:
             check("weight", weight, Kind.FLOAT, indices=pair, holes=frozenset({"score"}))
         case _:
             assert_never(attention.normalizer)
+    if attention.dropout is not None:
+        check("dropout", attention.dropout, Kind.FLOAT, indices=pair)
 
 
 def _declarations(attention: Attention) -> tuple[dict[str, Kind], dict[str, TensorParameter]]:
