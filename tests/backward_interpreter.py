@@ -129,10 +129,14 @@ class Interpreter:
         values = [value(expr, at_pairs).broadcast_to(row.shape) for expr in exprs]
         *parts, scale, factor = values
         f, by_dot, *by_parts = parts
-        dp = (do[b, h][row] * v[column]).sum(-1)
+        multiplier = torch.ones(())
+        if plan.dropout is not None:
+            (dropout,) = inlined((*levels, plan.dropout.bindings), [plan.dropout.value])
+            multiplier = value(dropout, at_pairs)
+        dp = multiplier * (do[b, h][row] * v[column]).sum(-1)
         p, df = _weights(plan, f * scale if plan.fold_scale else f, dp, delta[b, h][row], b, h, row, total, dtotal)
         ddot = df * by_dot * factor
-        upstream["v"][b, h].index_add_(0, column, p[:, None] * do[b, h][row])
+        upstream["v"][b, h].index_add_(0, column, (multiplier * p)[:, None] * do[b, h][row])
         upstream["q"][b, h].index_add_(0, row, ddot[:, None] * k[column])
         upstream["k"][b, h].index_add_(0, column, ddot[:, None] * q[row])
         for adjoint, entries, partial in zip(plan.adjoints, adjoints, by_parts, strict=True):

@@ -142,6 +142,7 @@ def _plan_pairs(
     )
     dot_factor = stager.hoist(dot_factor)
     mask = None if attention.mask == Constant(True) else stager.staged(attention.mask)
+    dropout = None if attention.dropout is None else stager.staged(attention.dropout)
     blocks, key_blocks = _structures(attention.mask, target)
     blocks = hoisted_blocks(blocks, stager)
     key_blocks = None if key_blocks is None else hoisted_blocks(key_blocks, stager)
@@ -150,7 +151,8 @@ def _plan_pairs(
     used: list[Expr] = [scale, dot_factor, *values_of(*levels.values()), *block_exprs(blocks)]
     used += [] if key_blocks is None else block_exprs(key_blocks)
     used += [*pair.values, *values_of(pair.bindings), *(place for place in places if place is not None)]
-    used += [] if mask is None else [mask.value, *values_of(mask.bindings)]
+    for staged in (mask, dropout):
+        used += [] if staged is None else [staged.value, *values_of(staged.bindings)]
     tile, key_tile = _choose_tiles(specialization, target)
     return BackwardPlan(
         kernel="backward",
@@ -169,6 +171,7 @@ def _plan_pairs(
         adjoints=adjoints,
         mask=mask,
         normalizer=normalizer,
+        dropout=dropout,
         writes_delta=sink is not None and bool(learned_parts(sink, wanted)),
         blocks=blocks,
         tile=tile,

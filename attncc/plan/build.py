@@ -211,12 +211,13 @@ def _plan_forward(attention: Attention, specialization: Specialization, target: 
     weight = None if weight_clause is None else stager.staged(cheapened(weight_clause, exact_division=exact_division))
     sink = None if sink_clause is None else stager.hoist(sink_clause)
     mask = None if attention.mask == Constant(True) else stager.staged(attention.mask)
+    dropout = None if attention.dropout is None else stager.staged(attention.dropout)
     blocks = hoisted_blocks(block_structure(attention.mask), stager)
     levels = {level: stager.bindings(level) for level in PAIR_LEVELS}
 
     used: list[Expr] = [scale, *values_of(*levels.values()), *block_exprs(blocks)]
     used += [] if sink is None else [sink]
-    for staged in (score, mask, weight):
+    for staged in (score, mask, weight, dropout):
         used += [] if staged is None else [staged.value, *(b.value for b in staged.bindings)]
     return ForwardPlan(
         kernel="forward",
@@ -235,6 +236,8 @@ def _plan_forward(attention: Attention, specialization: Specialization, target: 
         normalizer=normalizer,
         weight=weight,
         sink=sink,
+        dropout=dropout,
+        statistics=specialization.statistics,
         blocks=blocks,
         tile=tile,
         **levels,

@@ -52,13 +52,15 @@ class Specialization:
     """What a kernel is compiled for, beside the specification: all that is known of a call at compile time.
 
     Lengths, batch, head counts, strides and scalars are not part of it. `tensors` lists the element type of each
-    captured tensor, in the order of the specification.
+    captured tensor, in the order of the specification. statistics: the forward kernel also writes the greatest score
+    and the entropy of each row (softmax only).
     """
 
     dtype: DType
     head_dim_qk: int
     head_dim_v: int
     tensors: tuple[tuple[str, DType], ...] = ()
+    statistics: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +175,10 @@ class ForwardPlan:
     weight       None for softmax; else over Hole("score")
     normalizer   softmax | sum | none
     sink         softmax only: a row-level or outer value, in natural-log units
+    dropout      what a weight is multiplied by before it meets its value; not in the sum that it is divided by. None
+                 where there is no dropout
+    statistics   softmax only: the kernel also writes row_max and entropy (B, H, M), in the type of lse: the greatest
+                 score of the kept pairs of each row, -inf where there is none, and -sum(p log p) of its weights p
     """
 
     kernel: Literal["forward"]
@@ -195,6 +201,8 @@ class ForwardPlan:
     normalizer: Literal["softmax", "sum", "none"]
     weight: Staged | None
     sink: Expr | None
+    dropout: Staged | None
+    statistics: bool
     blocks: BlockStructure
     tile: Tile
 
@@ -228,7 +236,8 @@ class BackwardPlan:
       none      df = dp,  p = f                                    f is the weight
     and then  dv += p do,   ddot = df * partial,   dq += dot_factor * ddot * k,   dk += dot_factor * ddot * q,
     and for each adjoint  entry += df * its partial. Where a row's total is 0 (lse is -inf) all of it is 0; so it is at
-    masked pairs, whatever stands there.
+    masked pairs, whatever stands there. Where there is dropout, dp and the p of dv are multiplied by it; delta, which
+    o has been through already, is not.
 
     pair         values[0] is f over Hole("dot"); values[1] its derivative by the product, without `dot_factor`
                  (Constant(1.0) where that is all there is to it); values[2 + i] that by `adjoints[i].part`
@@ -261,6 +270,7 @@ class BackwardPlan:
     adjoints: tuple[Adjoint, ...]
     mask: Staged | None
     normalizer: Literal["softmax", "sum", "none"]
+    dropout: Staged | None
     writes_delta: bool
     blocks: BlockStructure
     tile: Tile
