@@ -100,6 +100,40 @@ def test_fits_int32(expr: Expr, expected: bool) -> None:
     assert fits_int32(expr) is expected
 
 
+def distance_bucket(distance: Expr) -> Expr:
+    """As in T5: small distances as they are, larger ones by a logarithm."""
+    far = op("min", op("add", Constant(8), op("to_int", Parameter("logarithm", Kind.FLOAT))), Constant(15))
+    return op("where", op("lt", distance, Constant(8)), distance, far)
+
+
+def test_a_choice_knows_its_condition() -> None:
+    bucket = distance_bucket(op("abs", op("sub", KV, Q)))
+    assert int_range(bucket).hi == 15
+    assert fits_int32(op("add", bucket, op("where", op("gt", KV, Q), Constant(16), Constant(0))))
+
+
+COMPARISONS = ["lt", "le", "gt", "ge", "eq", "ne"]
+x_and_y = st.sampled_from([Variable("x", Kind.INT), Variable("y", Kind.INT), Constant(3), Constant(-20)])
+conditions = st.recursive(
+    st.builds(op, st.sampled_from(COMPARISONS), x_and_y, x_and_y),
+    lambda inner: st.one_of(
+        st.builds(op, st.sampled_from(["and", "or"]), inner, inner),
+        inner.map(lambda a: op("not", a)),
+    ),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(conditions, x_and_y, x_and_y, intervals, intervals, st.data())
+def test_choices(condition: Expr, a: Expr, b: Expr, x: Range, y: Range, data: st.DataObject) -> None:
+    bounds = int_range(op("where", condition, a, b), variables={"x": x, "y": y})
+    for _ in range(5):
+        at = data.draw(st.integers(*x)), data.draw(st.integers(*y))
+        chosen = a if bool(value_of(condition, *at)) else b
+        assert bounds.lo <= int(value_of(chosen, *at)) <= bounds.hi
+
+
 def test_the_element_type_of_a_load_counts() -> None:
     load = Load("doc", (Index("b"), KV), Kind.INT)
     assert fits_int32(load, {"doc": DType.I32})

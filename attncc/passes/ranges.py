@@ -93,6 +93,8 @@ def int_range(
             return BIT if kind is Kind.BOOL else _ELEMENT.get(dtypes.get(tensor, DType.I64), ANY)
         case Variable(name=name, kind=kind):
             return BIT if kind is Kind.BOOL else variables.get(name, ANY)
+        case Apply(op="where", args=(condition, a, b)) if kind_of(expr) is Kind.INT:
+            return _of_choice(condition, a, b, lambda arg: int_range(arg, dtypes, variables))
         case Apply(op=op, args=args):
             if kind_of(expr) is not Kind.INT:
                 return BIT if kind_of(expr) is Kind.BOOL else ANY
@@ -114,6 +116,52 @@ def fits_int32(
 ) -> bool:
     """Whether every int value computed on the way to `expr` lies within 32 bits. See `int_range` for the arguments."""
     return all(int_range(node, dtypes, variables).within(INT32) for node in walk(expr) if kind_of(node) is Kind.INT)
+
+
+# --- choices ---------------------------------------------------------------------------------------------------------
+
+
+def _of_choice(condition: Expr, a: Expr, b: Expr, range_of: Callable[[Expr], Range]) -> Range:
+    """The range of `a if condition else b`, each within what the condition says of it."""
+    ranges = (
+        _narrowed(range_of(a), a, condition, True, range_of),
+        _narrowed(range_of(b), b, condition, False, range_of),
+    )
+    possible = [r for r in ranges if r.lo <= r.hi]
+    return _hull(*(end for r in possible or ranges for end in r))
+
+
+def _narrowed(within: Range, expr: Expr, condition: Expr, holds: bool, range_of: Callable[[Expr], Range]) -> Range:
+    """The values in `within` that `expr` may have where `condition` holds, or where it does not; none where lo > hi."""
+    match condition:
+        case Apply(op="not", args=(a,)):
+            return _narrowed(within, expr, a, not holds, range_of)
+        case Apply(op="and" | "or" as op, args=(a, b)) if (op == "and") is holds:
+            return _narrowed(_narrowed(within, expr, a, holds, range_of), expr, b, holds, range_of)
+        case Apply(op=op, args=(a, b)) if op in _OPPOSITE and kind_of(a) is Kind.INT and expr in (a, b):
+            op = op if holds else _OPPOSITE[op]
+            if expr == a:
+                within = _beside(within, op, range_of(b))
+            return _beside(within, _MIRRORED[op], range_of(a)) if expr == b else within
+        case _:
+            return within
+
+
+_OPPOSITE = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt", "eq": "ne", "ne": "eq"}
+_MIRRORED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "eq": "eq", "ne": "ne"}
+
+
+def _beside(x: Range, op: str, y: Range) -> Range:
+    """The values x for which `x op y` may hold."""
+    match op:
+        case "lt" | "le":
+            return Range(x.lo, min(x.hi, y.hi - (op == "lt")))
+        case "gt" | "ge":
+            return Range(max(x.lo, y.lo + (op == "gt")), x.hi)
+        case "eq":
+            return Range(max(x.lo, y.lo), min(x.hi, y.hi))
+        case _:
+            return x
 
 
 # --- one rule per int operator ---------------------------------------------------------------------------------------
@@ -202,7 +250,6 @@ _RULES: dict[str, Callable[..., Range]] = {
     "pow": _pow,
     "min": _of_corners(min),
     "max": _of_corners(max),
-    "where": lambda _, a, b: _hull(*a, *b),
     "abs": _abs,
     "sign": _sign,
     "relu": lambda a: Range(max(a.lo, 0), max(a.hi, 0)),
