@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from attncc.emit.render import fill
 from attncc.emit.run import first_line
@@ -29,6 +31,7 @@ class Standalone:
     symbols: tuple[str, ...]
     flags: tuple[str, ...]
     tensor_dtypes: Mapping[str, DType]
+    accepted_dtypes: Mapping[str, tuple[DType, ...]]
 
 
 def standalone(attn: CompiledAttention, specialization: Specialization, target: Target) -> dict[str, str]:
@@ -48,17 +51,40 @@ def standalone(attn: CompiledAttention, specialization: Specialization, target: 
         symbols=tuple(kernel.name for kernel in program.kernels),
         flags=flags(target.arch, target.flags) if cpp else (),
         tensor_dtypes=dict(specialization.tensors),
+        accepted_dtypes={p.name: _accepted(p, dict(specialization.tensors)[p.name]) for p in attn.attention.tensors},
     )
     filters = {
         "first_line": first_line,
-        "describe": lambda s: f"{s.dtype.value}, D = {s.head_dim_qk}, E = {s.head_dim_v}",
-        "torch_name": lambda dtype: str(TORCH_DTYPES[dtype]).removeprefix("torch."),
+        "describe": describe,
+        "torch_name": _torch_name,
         "keywords": lambda plan: "".join(f", {p.name}=…" for p in plan.spec.parameters),
         "input_value": _input_value,
         "python_shape": lambda tensor: "(" + "".join(f"{_size(axis)}, " for axis in tensor.shape) + ")",
     }
     files[f"{spec.name}.py"] = fill("standalone.py.jinja", plan, spec.name, target, filters, attn.templates)
     return files
+
+
+def widest_ints(attention: Attention, specialization: Specialization) -> Specialization:
+    """The same with int64 for each captured tensor that may have it, so that the function takes int32 and int64."""
+    wide = {p.name: DType.I64 for p in attention.tensors if DType.I64 in p.dtypes}
+    return replace(specialization, tensors=tuple((name, wide.get(name, d)) for name, d in specialization.tensors))
+
+
+def describe(specialization: Specialization) -> str:
+    """What q, k and v a standalone function takes."""
+    s = specialization
+    return f"q, k and v of {_torch_name(s.dtype)}, D = {s.head_dim_qk} and E = {s.head_dim_v}"
+
+
+def _accepted(parameter: TensorParameter, wanted: DType) -> tuple[DType, ...]:
+    """The types that a captured tensor may have: the one that the kernel reads, and those that it holds exactly."""
+    to = TORCH_DTYPES[wanted]
+    return tuple(d for d in parameter.dtypes if torch.promote_types(TORCH_DTYPES[d], to) == to)
+
+
+def _torch_name(dtype: DType) -> str:
+    return str(TORCH_DTYPES[dtype]).removeprefix("torch.")
 
 
 def _one_cpp_file(program: Program, sources: tuple[str, ...]) -> str:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import attncc
+from attncc.cli import main
 from attncc.inputs import captured_tensors, operands
 from attncc.plan.nodes import Specialization
 from attncc.runtime.arguments import DTYPES, Sizes
@@ -56,6 +57,39 @@ def test_a_standalone_file_runs_without_attncc(example: str, target: str, tmp_pa
     expected, expected_lse = attn(q, k, v, **more, return_lse=True)
     torch.testing.assert_close(o, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-5)
+
+
+def function_of(example: str, folder: Path, *options: str) -> Any:
+    """The function of a standalone file that the command line has written."""
+    assert main(["emit", str(EXAMPLES / f"{example}.attn"), "--standalone", *options, "-o", str(folder)]) == 0
+    namespace: dict[str, Any] = {"__file__": str(folder / f"{example}.py")}
+    exec((folder / f"{example}.py").read_text(), namespace)
+    return namespace[example]
+
+
+def test_a_standalone_function_takes_ints_of_both_widths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = function_of("document", tmp_path, "--head-dim", "32,16")
+    assert "for q, k and v of float32, D = 32 and E = 16; --dtype and --head-dim" in capsys.readouterr().err
+    assert "q, k and v of float32, D = 32 and E = 16;" in (tmp_path / "document.py").read_text()
+    q, k, v = operands(SIZES, torch.float32, torch.Generator().manual_seed(0))
+    doc = torch.arange(90).div(20, rounding_mode="floor").repeat(2, 1)
+    expected = attncc.build(EXAMPLES / "document.attn", target="cpp").reference(q, k, v, doc=doc).float()
+    for dtype in (torch.int32, torch.int64):
+        torch.testing.assert_close(document(q, k, v, doc=doc.to(dtype)), expected)
+    for wrong in (doc.float(), doc.short(), doc[:, :-1]):
+        with pytest.raises(ValueError, match=r"doc must be int32 or int64 \(2, 90\), not"):
+            document(q, k, v, doc=wrong)
+
+
+def test_a_standalone_function_takes_narrower_floats(tmp_path: Path) -> None:
+    sink = function_of("attention_sink", tmp_path, "--head-dim", "32,16")
+    q, k, v = operands(SIZES, torch.float32, torch.Generator().manual_seed(0))
+    sinks = torch.tensor([0.5, 1.0, -2.0, 0.25])
+    expected = sink(q, k, v, sinks=sinks, window=20)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(sink(q, k, v, sinks=sinks.to(dtype), window=20), expected)
+    with pytest.raises(ValueError, match="sinks must be float16 or bfloat16 or float32"):
+        sink(q, k, v, sinks=sinks.double(), window=20)
 
 
 def test_a_standalone_function_refuses_what_it_was_not_made_for(tmp_path: Path) -> None:

@@ -27,11 +27,13 @@ def emit(arguments: argparse.Namespace) -> int:
     """Prints a stage, or writes it to the file that -o names."""
     loaded = load(arguments.file, arguments.name, dict(arguments.set))
     if arguments.standalone:
-        from attncc.standalone import standalone
+        from attncc.standalone import describe, standalone, widest_ints
 
         attn, specialization, target = chosen(loaded, arguments)
-        files = standalone(attn, specialization, target)
-        return _put(files, arguments.output)
+        specialization = widest_ints(loaded.attention, specialization)
+        _put(standalone(attn, specialization, target), arguments.output)
+        say(f"for {describe(specialization)}; --dtype and --head-dim choose others")
+        return 0
     text = _stage(arguments.stage, loaded, arguments)
     if arguments.output is None:
         print(text.rstrip("\n"))
@@ -52,11 +54,11 @@ def _stage(stage: str, loaded: Loaded, arguments: argparse.Namespace) -> str:
             return dump(program) if stage == "plan" else "\n".join(sources)
 
 
-def _put(files: dict[str, str], output: Path | None) -> int:
+def _put(files: dict[str, str], output: Path | None) -> None:
     """Files of a standalone kernel: printed where there is one and no place to write it to."""
     if output is None and len(files) == 1:
         print(next(iter(files.values())).rstrip("\n"))
-        return 0
+        return
     folder = output or Path()
     if len(files) > 1 and folder.suffix and not folder.is_dir():
         raise CallError(SeveralFiles(None, str(folder), " and ".join(files), str(folder.with_suffix(""))))
@@ -64,7 +66,6 @@ def _put(files: dict[str, str], output: Path | None) -> int:
         path = folder if len(files) == 1 and folder.suffix else folder / name
         write(path, text)
         say(f"wrote {path}")
-    return 0
 
 
 def chosen(loaded: Loaded, arguments: argparse.Namespace) -> tuple[CompiledAttention, Specialization, Target]:
