@@ -4,13 +4,22 @@ from typing import TYPE_CHECKING
 
 # A submodule sets its name here when it is first imported: `check` before the function of that name does.
 import attncc.check  # noqa: F401  # pyright: ignore[reportUnusedImport]
-from attncc.build import build, check
+from attncc.build import build, check, register_operators
 from attncc.diagnostics import AttnError, BuildError, CallError, SpecError
 
 if TYPE_CHECKING:
     from attncc.runtime.call import CompiledAttention
 
-__all__ = ["AttnError", "BuildError", "CallError", "CompiledAttention", "SpecError", "build", "check"]
+__all__ = [
+    "AttnError",
+    "BuildError",
+    "CallError",
+    "CompiledAttention",
+    "SpecError",
+    "build",
+    "check",
+    "register_operators",
+]
 
 
 def __getattr__(name: str) -> object:

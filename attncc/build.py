@@ -10,10 +10,12 @@ what a step needs (PyTorch, a template engine, the printers) is imported only wh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attncc.check.modules import self_contained
 from attncc.diagnostics import CallError, SpecError
 from attncc.emit.families import BACKENDS, template_folders
 from attncc.errors import CannotReadSpec, PassedByPosition
@@ -26,10 +28,11 @@ from attncc.syntax import parse, use_cache_folder
 if TYPE_CHECKING:
     from attncc.runtime.call import CompiledAttention
     from attncc.runtime.kernels import BackwardSources, Sources
+    from attncc.runtime.operator import Variant
 
 
 def build(
-    spec: str | Path,
+    spec: str | Path | Source,
     *extra: object,
     name: str | None = None,
     target: str | None = None,
@@ -48,14 +51,58 @@ def build(
     from attncc.runtime.call import CompiledAttention
     from attncc.runtime.targets import known_target
 
-    source = read(spec)
+    source = spec if isinstance(spec, Source) else read(spec)
     if extra:
         raise CallError(PassedByPosition(None, "attncc.build", "the specification", _keyword_for(extra[0], source)))
     attention = check(source, name=name, **constants)
     folders = template_folders(templates)
     if target is not None:
         known_target(target, folders)
-    return CompiledAttention(attention, source.text, target, folders, sources_of, backward_sources_of)
+    register_operators()
+    recipe = _recipe(source, name, target, folders, constants)
+    return CompiledAttention(attention, source.text, target, folders, sources_of, backward_sources_of, recipe)
+
+
+def register_operators() -> None:
+    """Registers `torch.ops.attncc` with PyTorch. `build` does so too: only a process that runs programs exported
+    elsewhere, and builds nothing itself, has to ask for it."""
+    from attncc.runtime.operator import use_builder
+
+    use_builder(_from_recipe)
+
+
+def _recipe(
+    source: Source,
+    name: str | None,
+    target: str | None,
+    folders: Sequence[Path],
+    constants: Mapping[str, bool | int | float],
+) -> str:
+    """A text that says what to build, to any process that has the same folders of templates."""
+    source = self_contained(source) if "use" in source.text else source
+    parts = {
+        "file": source.name,
+        "text": source.text,
+        "used": source.used or (),
+        "name": name,
+        "target": target,
+        "templates": [str(folder.resolve()) for folder in folders],
+        "constants": dict(constants),
+    }
+    return json.dumps({key: part for key, part in parts.items() if part})
+
+
+def _from_recipe(recipe: str) -> Variant:
+    parts = json.loads(recipe)
+    source = Source(parts["file"], parts["text"], tuple(tuple(file) for file in parts.get("used", ())))
+    built = build(
+        source,
+        name=parts.get("name"),
+        target=parts.get("target"),
+        templates=parts.get("templates", ()),
+        **parts.get("constants", {}),
+    )
+    return built.variant
 
 
 def _keyword_for(value: object, source: Source) -> str:

@@ -8,10 +8,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A named piece of specification text."""
+    """A named piece of specification text.
+
+    used: the files that it uses, path and text, where they are not to be read from a disk.
+    """
 
     name: str
     text: str
+    used: tuple[tuple[str, str], ...] | None = field(default=None, repr=False, compare=False)
     _line_starts: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

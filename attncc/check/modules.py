@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,13 +50,30 @@ def prelude() -> Module:
 
 def load(source: Source, reporter: Reporter) -> Module:
     """The module of a source with everything that it uses. Raises `SpecError` if its own syntax is wrong."""
-    return _Loader(reporter).module(source, Path(source.name))
+    return _Loader(reporter, source.used).module(source, Path(source.name))
+
+
+def self_contained(source: Source) -> Source:
+    """The same source with the texts of all files that it uses. It has been loaded without errors."""
+    loader = _Loader(Reporter(), source.used)
+    loader.module(source, Path(source.name))
+    return Source(source.name, source.text, tuple(loader.texts.items()))
 
 
 class _Loader:
-    def __init__(self, reporter: Reporter) -> None:
+    def __init__(self, reporter: Reporter, used: Sequence[tuple[str, str]] | None) -> None:
         self.reporter = reporter
+        self.given = None if used is None else dict(used)
         self.loaded: dict[Path, Module] = {}
+        self.texts: dict[str, str] = {}
+
+    def _read(self, path: Path) -> str:
+        if self.given is None:
+            return path.read_text(encoding="utf-8")
+        try:
+            return self.given[str(path)]
+        except KeyError:
+            raise FileNotFoundError from None
 
     def module(self, source: Source, path: Path) -> Module:
         module = Module(parse(source))
@@ -99,7 +116,7 @@ class _Loader:
         try:
             if path.resolve() in self.loaded:
                 return self.loaded[path.resolve()]
-            text = path.read_text(encoding="utf-8")
+            text = self.texts[str(path)] = self._read(path)
         except FileNotFoundError:
             reason = "there is no such file"
         except IsADirectoryError:

@@ -76,11 +76,19 @@ class Signature:
         self._shapes = {p.name: tuple(size_function(axis) for axis in p.shape) for p in self.tensors}
         self._dtypes = {p.name: frozenset(TORCH_DTYPES[d] for d in p.dtypes) for p in self.tensors}
         # Kept for sizes that were met lately: evaluating a shape would take half as long as a tiny call.
-        self.shape = functools.lru_cache(maxsize=64)(self._shape)
+        self._known_shape = functools.lru_cache(maxsize=64)(self._shape)
 
-    def _shape(self, name: str, sizes: Sizes) -> tuple[int, ...]:
+    def shape(self, name: str, sizes: Sizes) -> tuple[int, ...]:
         """The shape that the captured tensor `name` must have at these sizes. Raises ValueError where it has none,
         because an axis is declared as a quotient and its divisor is 0."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._shape(name, sizes)
+        try:
+            return self._known_shape(name, sizes)
+        except TypeError:  # sizes that a tracer does not know yet have no hash
+            return self._shape(name, sizes)
+
+    def _shape(self, name: str, sizes: Sizes) -> tuple[int, ...]:
         try:
             return tuple(axis(sizes) for axis in self._shapes[name])
         except ZeroDivisionError:
@@ -91,7 +99,7 @@ class Signature:
         try:
             sizes = operand_sizes(q, k, v)
             offset = sizes.N - sizes.M if q_offset is None else python_number(q_offset)
-            if type(offset) is not int or not -MAX_LENGTH <= offset <= MAX_LENGTH - sizes.M:
+            if _type(offset) is not int or not -MAX_LENGTH <= offset <= MAX_LENGTH - sizes.M:
                 raise Mismatch
             if not self.scalars and not self.tensors:
                 if inputs:
@@ -116,14 +124,20 @@ class Signature:
         return value.resolve_neg() if value.is_neg() else value
 
     @staticmethod
-    def _scalar(parameter: ScalarParameter, value: Any) -> bool | int | float:
+    def _scalar(parameter: ScalarParameter, value: Any) -> Any:
         value = python_number(value)
-        kind = parameter.kind
-        if kind is Kind.FLOAT and type(value) in PYTHON_TYPES[kind]:
-            return float(value)
-        if type(value) not in PYTHON_TYPES[kind] or (kind is Kind.INT and value not in INT_RANGE):
+        kind, given = parameter.kind, _type(value)
+        if given not in PYTHON_TYPES[kind] or (kind is Kind.INT and not INT_RANGE[0] <= value <= INT_RANGE[-1]):
             raise Mismatch
-        return value
+        return torch.sym_float(value) if kind is Kind.FLOAT else value
+
+
+# Numbers that a tracer does not know yet, and what they stand for.
+_SYMBOLIC: dict[type, type] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
+
+
+def _type(value: object) -> type:
+    return _SYMBOLIC.get(type(value), type(value))
 
 
 def python_number(value: Any) -> Any:
@@ -131,7 +145,9 @@ def python_number(value: Any) -> Any:
 
     Raises ValueError or RuntimeError for a tensor of several elements, or of none that can be read.
     """
-    return value.item() if hasattr(value, "item") else value
+    if _type(value) in (int, float, bool) or not hasattr(value, "item"):
+        return value
+    return value.item()
 
 
 def scalar_tensor(parameter: TensorParameter, value: Any, device: torch.device) -> Tensor:

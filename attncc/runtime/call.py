@@ -15,16 +15,18 @@ from attncc.explain import explain
 from attncc.ir.nodes import Attention, Elementwise, Sum
 from attncc.plan.nodes import Specialization, Target
 from attncc.runtime.arguments import DTYPES, Mismatch, Signature, preferred_dtype
-from attncc.runtime.autograd import attend, needs_gradients
 from attncc.runtime.errors import NoLse
 from attncc.runtime.kernels import Kernels, MakeBackwardSources, MakeSources, Sources
+from attncc.runtime.operator import Variant, attend, register
 from attncc.runtime.refusals import by_position, reads_outside, refuse
+from attncc.runtime.tracing import cast_by_autocast, is_followed
 
 
 class CompiledAttention:
     """An attention variant that can be called. Made by `attncc.build`.
 
     attention: its IR. text: its specification. templates: folders of templates that come before the project's own.
+    recipe: a text that it can be built from again (`attncc.runtime.operator`).
     Kernels are compiled at the first call of each combination of element types and head dimensions; lengths, batch,
     heads and run-time scalars never compile anything.
     """
@@ -37,12 +39,15 @@ class CompiledAttention:
         templates: Sequence[Path],
         make_sources: MakeSources,
         make_backward_sources: MakeBackwardSources,
+        recipe: str,
     ) -> None:
         self.attention = attention
         self.text = text
+        self.recipe = recipe
         self.templates = tuple(templates)
         self._signature = Signature(attention)
         self.kernels = Kernels(attention, target, templates, make_sources, make_backward_sources)
+        self.variant = Variant(self._signature, self.kernels)
         self._has_lse = not isinstance(attention.normalizer, Elementwise)
         self._divides_by_sum = isinstance(attention.normalizer, Sum)
 
@@ -74,14 +79,16 @@ class CompiledAttention:
         """
         if extra:
             raise by_position(self._signature, extra, inputs)
+        q, k, v = cast_by_autocast(q, k, v)
         try:
             bound = self._signature.bind(q, k, v, q_offset, inputs)
         except Mismatch:
             raise refuse(self._signature, {"q": q, "k": k, "v": v}, q_offset, inputs) from None
         if return_lse and not self._has_lse:
             raise CallError(NoLse(None, self.attention.name))
-        if torch.is_grad_enabled() and needs_gradients(q, k, v, bound):
-            o, lse = attend(self.kernels, q, k, v, bound)
+        if is_followed(q, k, v, bound):
+            register(self.recipe, self.variant)
+            o, lse = attend(self.recipe, self.variant, q, k, v, bound)
         else:
             o, lse = self.kernels.forward(q, k, v, bound, return_lse)
         if not return_lse:

@@ -185,15 +185,19 @@ class TooLong(Diagnostic):
 
 
 @dataclass(frozen=True, slots=True)
-class NoGradient(Diagnostic):
+class NoSecondGradient(Diagnostic):
     code = "A0611"
-    title = "`{name}` requires a gradient, and this version computes forward only"
-    help = "call within torch.no_grad(), or pass {name}.detach()"
-    explanation = "Backward kernels are not derived yet. A result that silently had no gradient would train wrongly."
-    bad = "attn(q.requires_grad_(), k, v)"
-    good = "with torch.no_grad():\n    attn(q, k, v)"
+    title = "the gradients of `{attention}` have no gradients themselves"
+    help = "detach them, or differentiate the formula of attn.reference, which has gradients of every order"
+    explanation = "Backward kernels are derived once: o and lse have gradients, and these have none."
+    bad = (
+        "q.requires_grad_()\n"
+        "(dq,) = torch.autograd.grad(attn(q, k, v).sum(), q, create_graph=True)\n"
+        "dq.norm().backward()"
+    )
+    good = "attn(q.requires_grad_(), k, v).norm().backward()"
 
-    name: str
+    attention: str
 
 
 @dataclass(frozen=True, slots=True)

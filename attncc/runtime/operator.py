@@ -1,0 +1,218 @@
+"""Attention as operators of PyTorch.
+
+    torch.ops.attncc.attend(spec, q, k, v, tensors, ints, floats, q_offset) -> (o, total)
+    torch.ops.attncc.attend_backward(spec, …, o, total, do, dtotal, wanted) -> [dq, dk, dv, gradients of tensors]
+
+Autograd, `torch.compile`, `torch.export`, `torch.func` and tensor subclasses see a call as one of these, with shapes
+and types known without running it. A call that none of them looks at goes to its kernels directly
+(`attncc.runtime.tracing`).
+
+spec       names the attention: a text that it can be built from again, in any process (`attncc.build`)
+tensors    captured tensors, in the order in which the specification declares them
+ints       run-time scalars that are ints or bools, in that order; floats likewise
+total      what each row was divided by (B, H, M), as the kernels give it; empty where nothing is divided
+wanted     which of `tensors` need a gradient
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import _C, Tensor
+
+from attncc.diagnostics import CallError
+from attncc.ir.nodes import Elementwise
+from attncc.ir.types import Kind
+from attncc.runtime.arguments import Bound, Mismatch, Signature
+from attncc.runtime.errors import NoSecondGradient
+from attncc.runtime.kernels import Kernels
+from attncc.runtime.refusals import refuse
+
+_CALL = "str spec, Tensor q, Tensor k, Tensor v, Tensor[] tensors, SymInt[] ints, float[] floats, SymInt q_offset"
+_RESULTS = "Tensor o, Tensor total, Tensor do, Tensor? dtotal, bool[] wanted"
+
+_LIBRARY = torch.library.Library("attncc", "DEF")
+_LIBRARY.define(f"attend({_CALL}) -> (Tensor o, Tensor total)", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.define(f"attend_backward({_CALL}, {_RESULTS}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+ATTEND = torch.ops.attncc.attend.default
+ATTEND_BACKWARD = torch.ops.attncc.attend_backward.default
+
+
+class Variant(NamedTuple):
+    """What the operators know of an attention."""
+
+    signature: Signature
+    kernels: Kernels
+
+
+_variants: dict[str, Variant] = {}
+_build: Callable[[str], Variant] | None = None
+
+
+def use_builder(build: Callable[[str], Variant]) -> None:
+    """Tells how to build the variant of a `spec` that this process has not called yet: that of an exported program."""
+    global _build  # noqa: PLW0603
+    _build = build
+
+
+def register(spec: str, variant: Variant) -> None:
+    """Lets the operators run `spec` by these kernels from now on."""
+    _variants[spec] = variant
+
+
+def variant_of(spec: str) -> Variant:
+    """The variant that `spec` names, built where this process has none yet."""
+    if spec not in _variants:
+        assert _build is not None, "attncc.build sets it as it registers the operators"
+        _variants[spec] = _build(spec)
+    return _variants[spec]
+
+
+def attend(spec: str, variant: Variant, q: Tensor, k: Tensor, v: Tensor, bound: Bound) -> tuple[Tensor, Tensor]:
+    """The operator `attend` on arguments that have been bound."""
+    scalars = variant.signature.scalars
+    ints = [bound.scalars[p.name] for p in scalars if p.kind is not Kind.FLOAT]
+    floats = [bound.scalars[p.name] for p in scalars if p.kind is Kind.FLOAT]
+    return ATTEND(spec, q, k, v, list(bound.tensors.values()), ints, floats, bound.q_offset)
+
+
+# --- what they compute ----------------------------------------------------------------------------------------------
+
+
+def _bind(
+    signature: Signature,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: Sequence[Tensor],
+    ints: Sequence[int],
+    floats: Sequence[float],
+    q_offset: int,
+) -> Bound:
+    """Arguments of an operator as those of a call. They are checked again: an exported program passes what it is
+    given, and kernels read memory."""
+    inputs: dict[str, Any] = {p.name: tensor for p, tensor in zip(signature.tensors, tensors, strict=True)}
+    exact = [p for p in signature.scalars if p.kind is not Kind.FLOAT]
+    inputs |= {p.name: number for p, number in zip(exact, ints, strict=True)}
+    inputs |= {p.name: bool(inputs[p.name]) for p in exact if p.kind is Kind.BOOL}
+    floating = [p for p in signature.scalars if p.kind is Kind.FLOAT]
+    inputs |= {p.name: number for p, number in zip(floating, floats, strict=True)}
+    try:
+        return signature.bind(q, k, v, q_offset, inputs)
+    except Mismatch:
+        raise refuse(signature, {"q": q, "k": k, "v": v}, q_offset, inputs) from None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The type that kernels compute in."""
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _attend(spec: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    signature, kernels = variant_of(spec)
+    # A mode that changes what `torch.empty` means is no matter to the memory that kernels write to.
+    with _C.DisableTorchFunction():
+        o, total = kernels.forward(q, k, v, _bind(signature, q, k, v, *rest), True)
+        return o, q.new_empty(0, dtype=_wide(q)) if total is None else total
+
+
+def _attend_fake(spec: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    signature, kernels = variant_of(spec)
+    sizes = _bind(signature, q, k, v, *rest).sizes
+    o = q.new_empty((sizes.B, sizes.H, sizes.M, sizes.E))
+    divides = not isinstance(kernels.attention.normalizer, Elementwise)
+    return o, q.new_empty((sizes.B, sizes.H, sizes.M) if divides else 0, dtype=_wide(q))
+
+
+def _backward(spec: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
+    signature, kernels = variant_of(spec)
+    *arguments, o, total, do, dtotal, wanted = rest
+    with _C.DisableTorchFunction():
+        bound = _bind(signature, q, k, v, *arguments)
+        divides = not isinstance(kernels.attention.normalizer, Elementwise)
+        names = tuple(name for name, is_wanted in zip(bound.tensors, wanted, strict=True) if is_wanted)
+        dq, dk, dv, captured = kernels.backward(
+            q, k, v, bound, o, total if divides else None, do, dtotal if divides else None, names
+        )
+        return [dq, dk, dv, *(captured[name] for name in names)]
+
+
+def _backward_fake(spec: str, q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], *rest: Any) -> list[Tensor]:
+    del spec
+    captured = [tensor for tensor, wanted in zip(tensors, rest[-1], strict=True) if wanted]
+    return [x.new_empty(x.shape) for x in (q, k, v, *captured)]
+
+
+# --- autograd -------------------------------------------------------------------------------------------------------
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, keys: Any, call: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        spec, *numbers = call
+        with _C._AutoDispatchBelowAutograd():
+            o, total = ATTEND.redispatch(keys, spec, q, k, v, list(tensors), *numbers)
+        ctx.save_for_backward(q, k, v, o, total, *tensors)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return o, total
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, o, total, *tensors = ctx.saved_tensors
+        spec, *numbers = ctx.call
+        do = torch.zeros_like(o) if do is None else do
+        wanted = list(ctx.needs_input_grad[5:])
+        dq, dk, dv, *found = ATTEND_BACKWARD(spec, q, k, v, tensors, *numbers, o, total, do, dtotal, wanted)
+        captured = iter(found)
+        return None, None, dq, dk, dv, *(next(captured) if is_wanted else None for is_wanted in wanted)
+
+
+class _Backward(torch.autograd.Function):
+    """The gradients, which have none themselves. They may be asked for with `create_graph=True`, as `torch.func.grad`
+    always does; only whoever goes back through them is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Callable[[], list[Tensor]], spec: str, *inputs: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        del inputs  # By them autograd knows what the gradients depend on.
+        ctx.spec = spec
+        return tuple(compute())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:  # type: ignore[override]
+        del gradients
+        raise CallError(NoSecondGradient(None, variant_of(ctx.spec).signature.attention.name))
+
+
+def _attend_autograd(
+    keys: Any, spec: str, q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], *numbers: Any
+) -> tuple[Tensor, Tensor]:
+    below = keys & _C._after_autograd_keyset
+    return _Attend.apply(below, (spec, *numbers), q, k, v, *tensors)  # type: ignore[no-any-return]
+
+
+def _backward_autograd(
+    keys: Any, spec: str, q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], *rest: Any
+) -> list[Tensor]:
+    def compute() -> list[Tensor]:
+        with _C._AutoDispatchBelowAutograd():
+            return ATTEND_BACKWARD.redispatch(keys & _C._after_autograd_keyset, spec, q, k, v, tensors, *rest)
+
+    if not torch.is_grad_enabled():
+        return compute()
+    results = [x for x in rest if isinstance(x, Tensor)]
+    return list(_Backward.apply(compute, spec, q, k, v, *tensors, *results))
+
+
+# --- registration ---------------------------------------------------------------------------------------------------
+
+_LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
+_LIBRARY.impl("attend", _attend_autograd, "Autograd", with_keyset=True)
+torch.library.register_fake("attncc::attend", _attend_fake, lib=_LIBRARY)
+_LIBRARY.impl("attend_backward", _backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("attend_backward", _backward_autograd, "Autograd", with_keyset=True)
+torch.library.register_fake("attncc::attend_backward", _backward_fake, lib=_LIBRARY)
