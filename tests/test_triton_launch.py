@@ -145,12 +145,12 @@ def test_lengths_heads_and_scalars_compile_nothing(tmp_path: Path, compiled: dic
 def test_variants() -> None:
     x = torch.zeros(2, 4, 100, 64, dtype=torch.bfloat16)
     usual = Variant(aligned=True, wide=False, packed=True, unit=())
-    assert variant_of((x, x, x, x), ()) == usual
+    assert variant_of((x, x, x, x), (), (x, x)) == usual
     inside = torch.zeros(2, 100, 4, 64, dtype=torch.bfloat16).transpose(1, 2)
-    assert variant_of((inside, inside, inside, inside), ()) == Variant(True, False, False, ())
-    assert variant_of((inside, x, x, inside), ()) == usual
+    assert variant_of((inside, inside, inside, inside), (), (inside, inside)) == Variant(True, False, False, ())
+    assert variant_of((inside, x, x, inside), (), (x, x)) == usual
     odd = torch.zeros(2, 4, 100, 65, dtype=torch.bfloat16)
-    assert variant_of((x, odd[..., :64], x, x), ()) == Variant(False, False, False, ())
+    assert variant_of((x, odd[..., :64], x, x), (), (odd[..., :64], x)) == Variant(False, False, False, ())
     assert not variant_of((x, x.flatten()[1:65].view(1, 1, 1, 64), x, x), ()).aligned
     far = torch.zeros(64, dtype=torch.bfloat16).as_strided((1, 1, 1, 64), (0, 0, 2**24, 1))
     assert variant_of((x, far, x, x), ()).wide

@@ -18,9 +18,12 @@ from attncc.emit.triton_facts import (
     bindings_of,
     block_rows,
     blocks_of,
+    delta_rows,
+    diagonal_block,
     expressions_of,
     longest_first,
     passes,
+    per_head,
     reduce_sizes,
     segments,
     to_log2,
@@ -46,7 +49,7 @@ from attncc.ir.operators import OPERATORS
 from attncc.ir.rewrite import kind_of, walk
 from attncc.ir.types import DType, Kind
 from attncc.passes.ranges import Range, fits_int32, int_range
-from attncc.plan.nodes import ForwardPlan, KernelPlan, RowsPlan, TilesPlan
+from attncc.plan.nodes import BackwardPlan, ForwardPlan, KernelPlan, RowsPlan, TilesPlan
 from attncc.plan.triton_tiles import power_of_two
 
 FLOAT_NAMES = {DType.F16: "float16", DType.BF16: "bfloat16", DType.F32: "float32", DType.F64: "float64"}
@@ -87,12 +90,13 @@ class Text:
 
 
 class TritonPrinter:
-    """Prints the expressions of one plan."""
+    """Prints the expressions of one plan. keys_first: a matrix has its keys along the first axis, not its queries."""
 
     extension = "py"
 
-    def __init__(self, plan: KernelPlan) -> None:
+    def __init__(self, plan: KernelPlan, *, keys_first: bool = False) -> None:
         self.plan = plan
+        self.keys_first = keys_first
         self.dtypes = {tensor.name: tensor.dtype for tensor in plan.tensors}
         self.ranks = {tensor.name: tensor.rank for tensor in plan.tensors}
         self.shapes = {parameter.name: parameter.shape for parameter in plan.spec.tensors}
@@ -108,6 +112,11 @@ class TritonPrinter:
                 self.wide |= {binding.name} if self._is_wide(binding.value) else set()
 
     def filters(self) -> Mapping[str, Callable[..., object]]:
+        across = TritonPrinter(self.plan, keys_first=True)
+
+        def turned(keys_first: bool) -> TritonPrinter:
+            return across if keys_first else self
+
         return {
             # Text.
             "header": header,
@@ -121,9 +130,11 @@ class TritonPrinter:
             "vector": lambda expr: self.print(expr, matrix=False).source,
             "vector_operand": lambda expr: self.print(expr, matrix=False).at(_PRODUCT),
             "negated": lambda expr: f"({self.print(expr, matrix=False).at(_SHIFT)} == 0)",
-            "matrix": lambda expr: self.print(expr, matrix=True).source,
-            "matrix_operand": lambda expr: self.print(expr, matrix=True).at(_AND),
-            "tile_matrix": self.tile_matrix,
+            "matrix": lambda expr, keys_first=False: turned(keys_first).print(expr, matrix=True).source,
+            "matrix_operand": lambda expr, keys_first=False: turned(keys_first).print(expr, matrix=True).at(_AND),
+            "matrix_factor": lambda expr, keys_first=False: turned(keys_first).print(expr, matrix=True).at(_SIGN),
+            "tile_matrix": lambda expr, keys_first=False: turned(keys_first).tile_matrix(expr),
+            "entry_of": self.entry_of,
             "range_end": self.range_end,
             # Facts.
             "compute_dtype": lambda _: "tl.float64" if self.double else "tl.float32",
@@ -135,6 +146,10 @@ class TritonPrinter:
             "segments": segments,
             "has_full": lambda key_range: key_range.full_lo != key_range.full_hi,
             "longest_first": longest_first,
+            "per_head": per_head,
+            "is_one": lambda expr: expr == Constant(1.0),
+            "delta_rows": delta_rows,
+            "diagonal_block": diagonal_block,
             "reads": self.reads,
             "reduce_sizes": reduce_sizes,
             "block_rows": block_rows,
@@ -166,8 +181,8 @@ class TritonPrinter:
                 raise IRError("a plan multiplies by the scale itself: Hole('qk') cannot be printed")
             case Load():
                 return self._load(expr, matrix, wide)
-            case Element(index=index):
-                return self._element(index, matrix)
+            case Element(index=index, upstream=upstream):
+                return self._element("upstream_rows" if upstream else "x_rows", index, matrix)
             case Reduce(op=op, body=body, size=size):
                 return self._reduce(op, body, size, matrix)
             case Summary():
@@ -177,17 +192,23 @@ class TritonPrinter:
             case _:
                 assert_never(expr)
 
-    def range_end(self, expr: Expr) -> str:
-        """An end of a range of keys, in 32 bits: where it may not fit, brought back to the nearest key."""
+    def range_end(self, expr: Expr, size: str = "N") -> str:
+        """An end of a range of `size` positions, in 32 bits: where it may not fit, brought back to the nearest one."""
         text = self.print(expr, matrix=False).source
-        return f"tl.minimum(tl.maximum({text}, 0), N).to(tl.int32)" if self._is_wide(expr) else text
+        return f"tl.minimum(tl.maximum({text}, 0), {size}).to(tl.int32)" if self._is_wide(expr) else text
+
+    def entry_of(self, load: Load, tensor: str) -> str:
+        """Where in another tensor of the same shape, contiguous, the entries lie that `load` reads: pointers."""
+        offsets = [f"{self._clamped(load, axis, True)} * {tensor}_stride_{axis}" for axis in range(len(load.indices))]
+        return " + ".join([tensor, *offsets])
 
     def tile_matrix(self, expr: Expr) -> str:
         """A value of every pair of the tile, also where it varies with queries or keys alone."""
         text = self.print(expr, matrix=True)
         if any(isinstance(node, Hole) or self._is_matrix(node) for node in walk(expr)):
             return text.source
-        return f"tl.zeros([BLOCK_M, BLOCK_N], FLOAT) + {text.at(_PRODUCT)}"
+        shape = "BLOCK_N, BLOCK_M" if self.keys_first else "BLOCK_M, BLOCK_N"
+        return f"tl.zeros([{shape}], FLOAT) + {text.at(_PRODUCT)}"
 
     def _is_matrix(self, expr: Expr) -> bool:
         return isinstance(expr, Variable) and self.axes[expr.name] is Axis.BOTH
@@ -222,7 +243,7 @@ class TritonPrinter:
 
     def _index_axis(self, name: str) -> Axis:
         match self.plan:
-            case ForwardPlan():
+            case ForwardPlan() | BackwardPlan():
                 axes = {"q_row": Axis.FIRST, "q_idx": Axis.FIRST, "kv_idx": Axis.SECOND}
             case RowsPlan():
                 axes = {"q_row": Axis.FIRST, "q_idx": Axis.FIRST, "kv_idx": Axis.FIRST, "d": Axis.SECOND}
@@ -232,10 +253,8 @@ class TritonPrinter:
 
     def _leaf(self, name: str, axis: Axis, matrix: bool, wide: bool) -> Text:
         source = name
-        if matrix and axis is Axis.FIRST:
-            source += "[:, None]"
-        elif matrix and axis is Axis.SECOND:
-            source += "[None, :]"
+        if matrix and axis in (Axis.FIRST, Axis.SECOND):
+            source += "[:, None]" if (axis is Axis.FIRST) != self.keys_first else "[None, :]"
         return Text(f"{source}.to(tl.int64)" if wide else source)
 
     def _load(self, load: Load, matrix: bool, wide: bool) -> Text:
@@ -286,15 +305,15 @@ class TritonPrinter:
 
     # --- transforms of rows -----------------------------------------------------------------------------------------
 
-    def _element(self, index: Expr, matrix: bool) -> Text:
+    def _element(self, rows: str, index: Expr, matrix: bool) -> Text:
         if not isinstance(self.plan, RowsPlan):
             raise IRError("only a rows kernel reads elements of q, k or v")
         width = self.plan.width
         text = self.print(index, matrix=matrix)
         if not int_range(index, self.dtypes, self.ranges).within(Range(0, width - 1)):
             text = Text(f"attn_clamp({text.source}, {width})")
-        rows = "x_rows[:, None]" if matrix else "x_rows"
-        return Text(f"tl.load({rows} + {text.at(_SUM + 1)}).to(FLOAT)")
+        start = f"{rows}[:, None]" if matrix else rows
+        return Text(f"tl.load({start} + {text.at(_SUM + 1)}).to(FLOAT)")
 
     def _reduce(self, op: str, body: Expr, size: Expr, matrix: bool) -> Text:
         if not (isinstance(size, Constant) and isinstance(size.value, int)):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from attncc.ir.text import to_text
-from attncc.plan.nodes import ForwardPlan, KernelPlan, RowsPlan, TilesPlan
+from attncc.plan.nodes import BackwardPlan, ForwardPlan, KernelPlan, RowsPlan, TilesPlan
 from attncc.plan.triton_tiles import chunk_widths
 from attncc.resources import folder
 
@@ -44,6 +44,10 @@ def header(plan: KernelPlan) -> str:
     match plan:
         case ForwardPlan():
             what = f"attention forward, {plan.dtype.value}, D = {plan.head_dim_qk}, E = {plan.head_dim_v}"
+        case BackwardPlan():
+            what = f"attention backward, {plan.dtype.value}, D = {plan.head_dim_qk}, E = {plan.head_dim_v}"
+        case RowsPlan(upstream=True):
+            what = f"gradient through the rows of {plan.row}, {plan.dtype.value}, width {plan.width}"
         case RowsPlan():
             what = f"transform of the rows of {plan.row}, {plan.dtype.value}, width {plan.width}"
         case TilesPlan():

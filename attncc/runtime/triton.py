@@ -22,7 +22,7 @@ from attncc.diagnostics import BuildError, CallError
 from attncc.ir.nodes import Summary
 from attncc.ir.types import DType
 from attncc.passes.variance import variance
-from attncc.plan.nodes import ForwardPlan, KernelPlan, RowsPlan, TilesPlan, TritonTile
+from attncc.plan.nodes import BackwardPlan, ForwardPlan, KernelPlan, RowsPlan, TilesPlan, TritonTile
 from attncc.plan.triton_tiles import MACHINES, WITHOUT_F64
 from attncc.runtime.arguments import TORCH_DTYPES, Sizes
 from attncc.runtime.cache import import_module, write_atomically
@@ -104,17 +104,17 @@ class ForwardKernel:
         arguments: list[Any] = [*operands] if lse is None else [*operands, lse]
         for operand in operands:
             arguments += operand.stride()[:3]
-        arguments += _sizes(sizes, q_offset)
+        arguments += size_arguments(sizes, q_offset)
         arguments.append(min(heads_per_section, sizes.B * sizes.H))
         captured = [tensors[tensor.name] for tensor in self.plan.tensors]
-        arguments += _captured(captured)
+        arguments += captured_arguments(captured)
         arguments += [scalars[scalar.name] for scalar in self.plan.scalars]
         for table in tables.summaries:
             arguments += (table.values, *table.strides)
         if tables.list_counts is not None:
             arguments += (tables.list_offsets, tables.list_tiles, *tables.list_counts.strides)
         programs = sizes.B * sizes.H * -(-sizes.M // self.block_m)
-        self.module.run(self.function, programs, arguments, operands, captured)
+        self.module.run(self.function, programs, arguments, operands, captured, (k, v))
 
 
 class RowsKernel:
@@ -126,14 +126,25 @@ class RowsKernel:
         self.function = module.functions[0]
         self.block_rows = block_rows
 
-    def launch(self, x: Tensor, out: Tensor, sizes: Sizes, q_offset: int, tensors: Captured, scalars: Scalars) -> None:
-        """Writes `out`, contiguous (B, H or HKV as the plan says, rows of x, width). `sizes` are those of the call."""
-        arguments: list[Any] = [x, out, *x.stride()[:3], *_sizes(sizes, q_offset)]
+    def launch(
+        self,
+        x: Tensor,
+        out: Tensor,
+        sizes: Sizes,
+        q_offset: int,
+        tensors: Captured,
+        scalars: Scalars,
+        upstream: Tensor | None = None,
+    ) -> None:
+        """Writes `out`, contiguous (B, H or HKV as the plan says, rows of x, width). `sizes` are those of the call.
+        upstream: for plans that read it, a gradient of the same shape, contiguous."""
+        rows = (x, out) if upstream is None else (x, upstream, out)
+        arguments: list[Any] = [*rows, *x.stride()[:3], *size_arguments(sizes, q_offset)]
         captured = [tensors[tensor.name] for tensor in self.plan.tensors]
-        arguments += _captured(captured)
+        arguments += captured_arguments(captured)
         arguments += [scalars[scalar.name] for scalar in self.plan.scalars]
         programs = out.shape[0] * out.shape[1] * -(-x.shape[2] // self.block_rows)
-        self.module.run(self.function, programs, arguments, (x, out), captured)
+        self.module.run(self.function, programs, arguments, rows, captured)
 
 
 class TilesKernel:
@@ -151,13 +162,13 @@ class TilesKernel:
     def launch(self, sizes: Sizes, q_offset: int, tensors: Captured, scalars: Scalars, device: torch.device) -> Tables:
         """Allocates and fills the tables. The lists take one synchronisation, for their length."""
         captured = [tensors[tensor.name] for tensor in self.plan.tensors]
-        tail: list[Any] = [*_captured(captured), *(scalars[scalar.name] for scalar in self.plan.scalars)]
+        tail: list[Any] = [*captured_arguments(captured), *(scalars[scalar.name] for scalar in self.plan.scalars)]
         summaries: list[Table] = []
         for function, summary in zip(self.module.functions, self.summaries, strict=False):
             dtype = next(t.dtype for t in self.plan.tensors if t.name == summary.load.tensor)
             table = self._table(sizes, _varying(summary.load), summary, TORCH_DTYPES[dtype], device)
             heads = table.values.shape[1]
-            self._run(function, table, [table.values, *_sizes(sizes, q_offset), heads, *tail], captured)
+            self._run(function, table, [table.values, *size_arguments(sizes, q_offset), heads, *tail], captured)
             summaries.append(table)
         if self.plan.blocks.strategy != "list":
             return Tables(tuple(summaries))
@@ -167,7 +178,7 @@ class TilesKernel:
         tail += [argument for table in summaries for argument in (table.values, *table.strides)]
         offsets = torch.zeros(counts.values.numel() + 1, dtype=torch.int32, device=device)
         nothing = torch.empty(1, dtype=torch.int32, device=device)
-        common = [*_sizes(sizes, q_offset), counts.values.shape[1], *tail]
+        common = [*size_arguments(sizes, q_offset), counts.values.shape[1], *tail]
         self._run(count, counts, [counts.values, offsets, nothing, *common, False], captured)
         torch.cumsum(counts.values.flatten(), 0, dtype=torch.int32, out=offsets[1:])
         entries = torch.empty(max(int(offsets[-1]), 1), dtype=torch.int32, device=device)
@@ -208,6 +219,8 @@ def compile_kernel(plan: KernelPlan, source: str, folder: Path) -> TritonKernel:
             return RowsKernel(plan, module, block_rows(plan))
         case TilesPlan():
             return TilesKernel(plan, module)
+        case BackwardPlan():
+            raise TypeError(f"{plan.name} is launched by attncc.runtime.triton_backward")
         case _:
             assert_never(plan)
 
@@ -220,9 +233,6 @@ class LoadedModule:
         self.functions = functions_of(plan)
         self.path = store(plan.name, source, folder)
         self.interpreted = plan.target.arch == "interpret"
-        self.options = {"num_warps": 4, "num_stages": 2}
-        if isinstance(plan, ForwardPlan) and isinstance(plan.tile, TritonTile):
-            self.options = {"num_warps": plan.tile.num_warps, "num_stages": plan.tile.num_stages}
         if not self.interpreted:
             check_target(plan, plan.target.arch)
         self._module = self._imported()
@@ -235,11 +245,13 @@ class LoadedModule:
         arguments: Sequence[Any],
         operands: Iterable[Tensor],
         captured: Iterable[Tensor],
+        streamed: Sequence[Tensor] = (),
     ) -> None:
-        """Launches `programs` programs of `function` with `arguments`, in the order of its parameters."""
+        """Launches `programs` programs of `function` with `arguments`, in the order of its parameters. streamed: the
+        operands that it reads tile by tile."""
         if programs == 0:
             return
-        variant = variant_of(operands, captured)
+        variant = variant_of(operands, captured, streamed)
         if self.interpreted:
             self._interpret(function, programs, arguments, variant)
             return
@@ -297,7 +309,7 @@ class LoadedModule:
         try:
             with torch.cuda.device(device):
                 target = triton.runtime.driver.active.get_current_target()
-                compiled = triton.compile(source, target=target, options=self.options)
+                compiled = triton.compile(source, target=target, options=function.options)
                 _ = compiled.run  # loads it, which fails where the device has too little shared memory
         except Exception as error:
             raise BuildError(TritonCompilationFailed(None, function.label, str(device), str(error))) from error
@@ -309,22 +321,22 @@ def check_target(plan: KernelPlan, arch: str) -> None:
     """Raises BuildError where kernels of this plan cannot be compiled for `arch`."""
     if arch not in MACHINES:
         raise BuildError(UnknownArch(None, arch, ", ".join((*MACHINES, "interpret"))))
-    if isinstance(plan, ForwardPlan) and plan.dtype is DType.F64 and arch in WITHOUT_F64:
+    if isinstance(plan, ForwardPlan | BackwardPlan) and plan.dtype is DType.F64 and arch in WITHOUT_F64:
         raise BuildError(NoDoubles(None, plan.name, arch))
 
 
-def variant_of(operands: Iterable[Tensor], captured: Iterable[Tensor]) -> Variant:
-    """What may be taken for granted about these tensors. `operands` of attention are q, k, v, o."""
-    bits, widest, packed = 0, 0, []
+def variant_of(operands: Iterable[Tensor], captured: Iterable[Tensor], streamed: Sequence[Tensor] = ()) -> Variant:
+    """What may be taken for granted about these tensors."""
+    bits, widest = 0, 0
     for operand in operands:
         bits |= operand.data_ptr()
         if operand.dim() == 4:
             batch, head, row, _ = operand.stride()
             bits |= (batch | head | row) * operand.element_size()
             widest = max(widest, row)
-            packed.append(row == operand.shape[3])
+    packed = len(streamed) > 0 and all(operand.stride(2) == operand.shape[3] for operand in streamed)
     unit = tuple(tensor.stride(-1) == 1 for tensor in captured if tensor.dim())
-    return Variant(bits % 16 == 0, widest >= _WIDE_STRIDE, len(packed) == 4 and packed[1] and packed[2], unit)
+    return Variant(bits % 16 == 0, widest >= _WIDE_STRIDE, packed, unit)
 
 
 def store(name: str, source: str, folder: Path) -> Path:
@@ -358,11 +370,11 @@ def arch_of(device: torch.device) -> str:
     return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
 
 
-def _sizes(sizes: Sizes, q_offset: int) -> tuple[int, ...]:
+def size_arguments(sizes: Sizes, q_offset: int) -> tuple[int, ...]:
     return (sizes.B, sizes.H, sizes.HKV, sizes.M, sizes.N, q_offset)
 
 
-def _captured(tensors: Iterable[Tensor]) -> list[Any]:
+def captured_arguments(tensors: Iterable[Tensor]) -> list[Any]:
     arguments: list[Any] = []
     for tensor in tensors:
         # An axis of none is clamped to its first element, which has to be there.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from attncc.diagnostics import BuildError
-from attncc.plan.nodes import ForwardPlan, KernelPlan, RowsPlan, TilesPlan, TritonTile
+from attncc.plan.nodes import BackwardPlan, ForwardPlan, KernelPlan, RowsPlan, TilesPlan
 from attncc.runtime.cache import write_atomically
 from attncc.runtime.triton import check_target
 from attncc.runtime.triton_errors import NoTriton, TritonCompilationFailed
@@ -104,15 +104,8 @@ def default_variant(plan: KernelPlan) -> Variant:
     return Variant(aligned=aligned, wide=False, packed=True, unit=tuple(True for tensor in plan.tensors if tensor.rank))
 
 
-def _widths(plan: ForwardPlan | RowsPlan) -> tuple[int, ...]:
+def _widths(plan: ForwardPlan | BackwardPlan | RowsPlan) -> tuple[int, ...]:
     return (plan.width,) if isinstance(plan, RowsPlan) else (plan.head_dim_qk, plan.head_dim_v)
-
-
-def options_of(plan: KernelPlan) -> dict[str, int]:
-    """The options that Triton compiles a kernel with."""
-    if isinstance(plan, ForwardPlan) and isinstance(plan.tile, TritonTile):
-        return {"num_warps": plan.tile.num_warps, "num_stages": plan.tile.num_stages}
-    return {"num_warps": 4, "num_stages": 2}
 
 
 def _jobs(number: int, request: Request, folder: Path) -> Iterator[tuple[int, Function, dict[str, Any]]]:
@@ -132,7 +125,7 @@ def _jobs(number: int, request: Request, folder: Path) -> Iterator[tuple[int, Fu
             "signature": function.signature(variant),
             "constants": function.constexprs(variant),
             "divisors": function.divisors(variant, itemsize_of(plan)),
-            "options": options_of(plan),
+            "options": function.options,
             "out": None if request.out is None else str(request.out),
             "stem": f"{_stem(function)}.{arch}",
         }
@@ -164,14 +157,14 @@ def _describe(request: Request, function: Function, answer: dict[str, Any], reso
     """Writes what a launcher must know of a compiled function."""
     plan = request.plan
     variant = request.variant or default_variant(plan)
-    tile = asdict(plan.tile) if isinstance(plan, ForwardPlan | TilesPlan) else None
+    tile = None if isinstance(plan, RowsPlan) else asdict(plan.tile)
     description = {
         "kernel": answer["name"],
         "arch": request.arch,
         "specification": plan.spec.name,
         "arguments": [{"name": n, "type": t} for n, t in function.signature(variant).items()],
         "constants": function.constexprs(variant),
-        "options": options_of(plan),
+        "options": function.options,
         "tile": tile,
         "variant": asdict(variant),
         "resources": asdict(resources),

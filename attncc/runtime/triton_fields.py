@@ -1,19 +1,19 @@
 """What the functions of a generated Triton module take, in order: the contract between templates and launchers.
 
-A module has one function for a `forward` or `rows` plan, and several for `tiles`. Their parameters are named here as in
+A module has one function for a `forward` or `rows` plan, and several for `tiles` and `backward`. Their parameters are named here as in
 the templates; a template from outside has to keep to them, which loading checks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import assert_never
 
 from attncc.emit.triton_names import name_of
 from attncc.ir.types import DType, Kind
-from attncc.plan.nodes import ForwardPlan, KernelPlan, RowsPlan, TilesPlan
+from attncc.plan.nodes import BackwardPlan, ForwardPlan, KernelPlan, RowsPlan, Tile, TilesPlan, TritonTile
 
 TYPES = {
     DType.BOOL: "i1",
@@ -24,6 +24,10 @@ TYPES = {
     DType.F32: "fp32",
     DType.F64: "fp64",
 }
+
+
+# Which adjoints each function of a backward module adds up.
+ADJOINTS_OF = {"dkdv": ("column",), "dq": ("head", "row", "pair"), "diagonals": ("diagonal",)}
 
 
 class Role(Enum):
@@ -53,8 +57,8 @@ class Variant:
 
     aligned   operands start and their rows are spaced at multiples of 16 bytes
     wide      a tile of rows may span 2**31 elements or more
-    packed    rows of keys, and rows of values, follow one another: with strides that are constants, the addresses of
-              a tile take 40 to 60 registers less
+    packed    rows that a program reads tile by tile follow one another (of k and v; in a backward pass of q and do
+              too): with strides that are constants, the addresses of a tile take 40 to 60 registers less
     unit      for each captured tensor that has axes, in order: its last axis is contiguous
     """
 
@@ -71,6 +75,13 @@ class Function:
     name: str
     fields: tuple[Field, ...]
     constants: tuple[tuple[str, bool], ...] = ()
+    num_warps: int = 4
+    num_stages: int = 2
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton compiles it with."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
     @property
     def label(self) -> str:
@@ -110,14 +121,23 @@ class Function:
 def functions_of(plan: KernelPlan) -> tuple[Function, ...]:
     """The functions of the module that `plan` renders to, in the order of launch."""
     match plan:
-        case ForwardPlan():
-            return (Function(plan.name, tuple(_forward_fields(plan))),)
+        case ForwardPlan(tile=tile):
+            return (Function(plan.name, tuple(_forward_fields(plan)), (), *_launch(tile)),)
+        case BackwardPlan():
+            return tuple(_backward_functions(plan))
         case RowsPlan():
             return (Function(plan.name, tuple(_rows_fields(plan))),)
         case TilesPlan():
             return tuple(_tiles_functions(plan))
         case _:
             assert_never(plan)
+
+
+def _launch(tile: Tile | None) -> tuple[int, int]:
+    """Warps and stages."""
+    if not isinstance(tile, TritonTile):
+        raise TypeError(f"{tile} is no tile of a Triton kernel")
+    return tile.num_warps, tile.num_stages
 
 
 def itemsize_of(plan: KernelPlan) -> int:
@@ -139,20 +159,80 @@ def _forward_fields(plan: ForwardPlan) -> Iterator[Field]:
     yield from _captured(plan)
     yield from _summaries(plan)
     if plan.blocks.strategy == "list":
-        yield Field("list_offsets", "*i32")
-        yield Field("list_tiles", "*i32")
-        yield Field("list_stride_b", "i32")
-        yield Field("list_stride_h", "i32")
+        yield from _lists()
 
 
 def _rows_fields(plan: RowsPlan) -> Iterator[Field]:
     pointer = f"*{TYPES[plan.dtype]}"
-    yield from (Field(name, pointer, Role.OPERAND) for name in ("x", "out"))
+    yield Field("x", pointer, Role.OPERAND)
+    if plan.upstream:
+        yield Field("upstream", pointer, Role.OPERAND)
+    yield Field("out", f"*{TYPES[plan.stored]}", Role.OPERAND)
     yield Field("stride_xb", "i64", Role.OUTER_STRIDE)
     yield Field("stride_xh", "i64", Role.OUTER_STRIDE)
     yield Field("stride_xr", "i32", Role.ROW_STRIDE)
     yield from _sizes()
     yield from _captured(plan)
+
+
+def _backward_functions(plan: BackwardPlan) -> Iterator[Function]:
+    if plan.normalizer != "none":
+        operands = (Field("o", _pointer(plan), Role.OPERAND), Field("do", _pointer(plan), Role.OPERAND))
+        sums = (Field(name, _sum_pointer(plan)) for name in ("total", "dtotal", "delta"))
+        sizes = (Field(name, "i32") for name in ("B", "H", "M"))
+        fields = (*operands, *sums, *_strides({"o": None, "do": plan.head_dim_v}), *sizes)
+        yield from (Function(f"{plan.name}_delta", fields, (("DTOTAL", given),)) for given in (False, True))
+    masked = plan.mask is not None
+    visits = [(("STRANGE", False),), (("STRANGE", True),)] if masked else [()]
+    for name, written, tile in (("dkdv", ("dk", "dv"), plan.key_tile), ("dq", ("dq",), plan.tile)):
+        outputs = [Field(output, _pointer(plan), Role.OPERAND) for output in written]
+        outputs += [Field("strange_programs", "*i32")] if masked else []
+        tables = _summaries(plan)
+        lists = _lists() if name == "dq" and plan.blocks.strategy == "list" else ()
+        fields = (*_backward_fields(plan, ADJOINTS_OF[name], outputs), *tables, *lists)
+        yield from (Function(f"{plan.name}_{name}", fields, visit, *_launch(tile)) for visit in visits)
+    if any(adjoint.along == "diagonal" for adjoint in plan.adjoints):
+        fields = tuple(_backward_fields(plan, ADJOINTS_OF["diagonals"], []))
+        yield Function(f"{plan.name}_diagonals", fields, (), *_launch(plan.tile))
+
+
+def _backward_fields(plan: BackwardPlan, along: tuple[str, ...], outputs: Iterable[Field]) -> Iterator[Field]:
+    yield from (Field(name, _pointer(plan), Role.OPERAND) for name in ("q", "k", "v", "do"))
+    if plan.normalizer != "none":
+        yield from (Field(name, _sum_pointer(plan)) for name in ("total", "delta"))
+    yield from outputs
+    for number, adjoint in enumerate(plan.adjoints):
+        if adjoint.along in along:
+            yield Field(f"adjoint_{number}", _sum_pointer(plan))
+            axes = 0 if adjoint.place is None else len(adjoint.place.indices)
+            yield from (Field(f"adjoint_{number}_stride_{axis}", "i64") for axis in range(axes))
+    yield from _strides({"q": plan.head_dim_qk, "k": plan.head_dim_qk, "v": plan.head_dim_v, "do": plan.head_dim_v})
+    yield from _sizes()
+    yield from _captured(plan)
+
+
+def _strides(operands: Mapping[str, int | None]) -> Iterator[Field]:
+    """Strides of batch, head and row; with each operand, its row stride where rows follow one another."""
+    for operand, packed in operands.items():
+        row = "n" if operand in "kv" else "m"
+        yield Field(f"stride_{operand}_b", "i64", Role.OUTER_STRIDE)
+        yield Field(f"stride_{operand}_h", "i64", Role.OUTER_STRIDE)
+        yield Field(f"stride_{operand}_{row}", "i32", Role.ROW_STRIDE, packed)
+
+
+def _pointer(plan: BackwardPlan) -> str:
+    return f"*{TYPES[plan.dtype]}"
+
+
+def _sum_pointer(plan: BackwardPlan) -> str:
+    return "*fp64" if plan.dtype is DType.F64 else "*fp32"
+
+
+def _lists() -> Iterator[Field]:
+    yield Field("list_offsets", "*i32")
+    yield Field("list_tiles", "*i32")
+    yield Field("list_stride_b", "i32")
+    yield Field("list_stride_h", "i32")
 
 
 def _tiles_functions(plan: TilesPlan) -> Iterator[Function]:
@@ -183,7 +263,7 @@ def _captured(plan: KernelPlan) -> Iterator[Field]:
     yield from (Field(name_of(scalar.name), kinds[scalar.kind]) for scalar in plan.scalars)
 
 
-def _summaries(plan: ForwardPlan | TilesPlan) -> Iterator[Field]:
+def _summaries(plan: ForwardPlan | BackwardPlan | TilesPlan) -> Iterator[Field]:
     dtypes = {tensor.name: tensor.dtype for tensor in plan.tensors}
     for number, summary in enumerate(plan.blocks.summaries):
         yield Field(f"summary_{number}", f"*{TYPES[dtypes[summary.load.tensor]]}")

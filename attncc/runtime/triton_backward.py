@@ -1,0 +1,283 @@
+"""Backward passes on Triton: which kernel is launched with what, in which order.
+
+    transforms of rows ─▶ tables of tiles ─▶ delta ─▶ dk and dv, dq, sums along diagonals ─▶ through the transforms
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attncc.emit.triton_facts import block_rows, delta_rows, diagonal_block
+from attncc.plan.nodes import GROUP_SIZE, Adjoint, BackwardPlan, BackwardProgram, RowsPlan, TilesPlan, TritonTile
+from attncc.runtime.arguments import TORCH_DTYPES, Bound, Sizes
+from attncc.runtime.backward import Gradients
+from attncc.runtime.triton import (
+    NO_TABLES,
+    LoadedModule,
+    RowsKernel,
+    Tables,
+    TilesKernel,
+    captured_arguments,
+    size_arguments,
+)
+from attncc.runtime.triton_fields import ADJOINTS_OF, Function
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """What the kernels of pairs read: transformed rows, the gradient of o, and numbers of each query (B, H, M)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    do: Tensor
+    total: Tensor | None
+    delta: Tensor | None
+    sizes: Sizes
+    bound: Bound
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.q, self.k, self.v, self.do
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The type of sums."""
+        return torch.float64 if self.q.dtype is torch.float64 else torch.float32
+
+
+class TritonBackward:
+    """The kernels of one backward program."""
+
+    def __init__(self, program: BackwardProgram, sources: Sequence[str], folder: Path) -> None:
+        modules = {
+            plan.name: LoadedModule(plan, source, folder)
+            for plan, source in zip(program.kernels, sources, strict=True)
+        }
+
+        def rows(plan: RowsPlan) -> RowsKernel:
+            return RowsKernel(plan, modules[plan.name], block_rows(plan))
+
+        def tiles(plan: TilesPlan | None) -> TilesKernel | None:
+            return None if plan is None else TilesKernel(plan, modules[plan.name])
+
+        self._program = program
+        self._rows = [rows(plan) for plan in program.rows]
+        self._transposed = [rows(plan) for plan in program.transposed]
+        self._row_adjoints = [rows(adjoint.rows) for adjoint in program.row_adjoints]
+        self._tiles, self._key_tiles = tiles(program.tiles), tiles(program.key_tiles)
+        self._kernels = BackwardKernels(program.backward, modules[program.backward.name])
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bound: Bound,
+        o: Tensor,
+        total: Tensor | None,
+        do: Tensor,
+        dtotal: Tensor | None,
+    ) -> Gradients:
+        sizes, program = bound.sizes, self._program
+        bound = bound._replace(scalars=bound.scalars | {GROUP_SIZE: sizes.H // max(sizes.HKV, 1)})
+        inner = sizes._replace(HKV=sizes.H) if program.operand_heads == "H" else sizes
+        given = {"q": _contiguous(q), "k": _contiguous(k), "v": _contiguous(v)}
+        rows = dict(given)
+        for kernel in self._rows:
+            rows[kernel.plan.row] = _launch_rows(kernel, given, bound)
+        total = None if total is None else total.contiguous()
+        do = _contiguous(do)
+        delta = self._kernels.delta(_contiguous(o), do, total, dtotal)
+        pairs = Pairs(rows["q"], rows["k"], rows["v"], do, total, delta, inner, bound)
+        dk, dv, columns = self._kernels.dkdv(pairs, _tables(self._key_tiles, inner, bound, q.device))
+        dq, others = self._kernels.dq(pairs, _tables(self._tiles, inner, bound, q.device))
+        sums = columns | others | self._kernels.diagonals(pairs)
+
+        upstream = {"q": dq, "k": dk, "v": dv}
+        gradients = dict(upstream)
+        for kernel in self._transposed:
+            gradients[kernel.plan.row] = _launch_rows(kernel, given, bound, upstream[kernel.plan.row])
+        if program.operand_heads == "H":
+            group = (sizes.B, sizes.HKV, sizes.H // max(sizes.HKV, 1))
+            gradients |= {x: gradients[x].unflatten(1, group[1:]).sum(2) for x in ("k", "v")}
+        return Gradients(
+            gradients["q"],
+            gradients["k"],
+            gradients["v"],
+            tuple(sums[number] for number in range(len(program.backward.adjoints))),
+            tuple(_launch_rows(kernel, given, bound, upstream[kernel.plan.row]) for kernel in self._row_adjoints),
+            delta if program.backward.writes_delta else None,
+        )
+
+
+class BackwardKernels:
+    """The functions of the module of a `BackwardPlan`."""
+
+    def __init__(self, plan: BackwardPlan, module: LoadedModule) -> None:
+        if not isinstance(plan.tile, TritonTile) or not isinstance(plan.key_tile, TritonTile):
+            raise TypeError(f"{plan.name} has no tiles of Triton kernels")
+        self.plan = plan
+        self.module = module
+        self.block_m, self.block_n = plan.tile.block_m, plan.key_tile.block_n
+        self.functions = {function.label.removeprefix(f"{plan.name}_"): function for function in module.functions}
+
+    def delta(self, o: Tensor, do: Tensor, total: Tensor | None, dtotal: Tensor | None) -> Tensor | None:
+        """One number of each query that the gradients of all its pairs share; None where nothing is divided."""
+        if total is None:
+            return None
+        delta = torch.empty_like(total)
+        given = delta if dtotal is None else dtotal.contiguous()
+        arguments = [o, do, total, given, delta, *o.stride()[:3], *do.stride()[:3], *total.shape, dtotal is not None]
+        function = self.functions["delta" if dtotal is None else "delta[DTOTAL]"]
+        programs = total.shape[0] * total.shape[1] * -(-total.shape[2] // delta_rows(self.plan))
+        self.module.run(function, programs, arguments, (o, do), (), (do,))
+        return delta
+
+    def dkdv(self, pairs: Pairs, tables: Tables) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """dk and dv of the transformed rows, and the adjoints along columns by their number."""
+        sizes = pairs.sizes
+        dk, dv = (_empty(pairs.q, sizes.B, sizes.HKV, sizes.N, width) for width in (sizes.D, sizes.E))
+        sums = {
+            number: _empty(pairs.q, sizes.B, sizes.H, sizes.N, dtype=pairs.wide)
+            for number, _ in self._adjoints("dkdv")
+        }
+        programs = sizes.B * sizes.HKV * -(-sizes.N // self.block_n)
+        self._run_twice("dkdv", programs, pairs, (dk, dv), [*sums.values()], _table_arguments(tables))
+        return dk, dv, sums
+
+    def dq(self, pairs: Pairs, tables: Tables) -> tuple[Tensor, dict[int, Tensor]]:
+        """dq of the transformed rows, and the adjoints of heads, rows and pairs by their number."""
+        sizes = pairs.sizes
+        dq = _empty(pairs.q, sizes.B, sizes.H, sizes.M, sizes.D)
+        sums: dict[int, Tensor] = {}
+        arguments: list[Any] = []
+        for number, adjoint in self._adjoints("dq"):
+            if adjoint.along == "pair":
+                assert adjoint.place is not None
+                read = pairs.bound.tensors[adjoint.place.tensor]
+                sums[number] = torch.zeros(read.shape, dtype=pairs.wide, device=read.device)
+                arguments += [sums[number] if read.numel() else sums[number].new_zeros(1), *sums[number].stride()]
+            else:
+                sums[number] = _empty(pairs.q, sizes.B, sizes.H, sizes.M, dtype=pairs.wide)
+                arguments.append(sums[number])
+        programs = sizes.B * sizes.H * -(-sizes.M // self.block_m)
+        self._run_twice("dq", programs, pairs, (dq,), arguments, [*_table_arguments(tables), *_list_arguments(tables)])
+        heads = {number for number, adjoint in self._adjoints("dq") if adjoint.along == "head"}
+        return dq, {number: _sum_of_rows(x) if number in heads else x for number, x in sums.items()}
+
+    def diagonals(self, pairs: Pairs) -> dict[int, Tensor]:
+        """The adjoints along diagonals by their number."""
+        sizes, block = pairs.sizes, diagonal_block(self.plan)
+        tiles_m, tiles_n = -(-sizes.M // block), -(-sizes.N // block)
+        count = tiles_m + tiles_n - 1 if tiles_m and tiles_n else 0
+        sums = {
+            number: _empty(pairs.q, sizes.B, sizes.H, count, 2, block, dtype=pairs.wide)
+            for number, _ in self._adjoints("diagonals")
+        }
+        if sums:
+            arguments = self._arguments(pairs, (), [*sums.values()], [])
+            self._run(self.functions["diagonals"], sizes.B * sizes.H * count, arguments, pairs, ())
+        return {number: _distances(x, sizes, tiles_n * block) for number, x in sums.items()}
+
+    def _adjoints(self, function: str) -> list[tuple[int, Adjoint]]:
+        along = ADJOINTS_OF[function]
+        return [(number, adjoint) for number, adjoint in enumerate(self.plan.adjoints) if adjoint.along in along]
+
+    def _run_twice(
+        self,
+        name: str,
+        programs: int,
+        pairs: Pairs,
+        outputs: Sequence[Tensor],
+        sums: Sequence[Any],
+        tables: Sequence[Any],
+    ) -> None:
+        """Where there is a mask, the second launch visits the programs again that met infinite or missing values."""
+        if self.plan.mask is None:
+            self._run(self.functions[name], programs, self._arguments(pairs, outputs, sums, tables), pairs, outputs)
+            return
+        strange = torch.empty(programs, dtype=torch.int32, device=pairs.q.device)
+        arguments = self._arguments(pairs, (*outputs, strange), sums, tables)
+        for revisit, label in ((False, name), (True, f"{name}[STRANGE]")):
+            self._run(self.functions[label], programs, [*arguments, revisit], pairs, outputs)
+
+    def _arguments(
+        self, pairs: Pairs, outputs: Sequence[Tensor], sums: Sequence[Any], tables: Sequence[Any]
+    ) -> list[Any]:
+        of_rows = [] if pairs.total is None else [pairs.total, pairs.delta]
+        strides = [stride for operand in pairs.operands for stride in operand.stride()[:3]]
+        captured = [pairs.bound.tensors[tensor.name] for tensor in self.plan.tensors]
+        scalars = [pairs.bound.scalars[scalar.name] for scalar in self.plan.scalars]
+        sizes = size_arguments(pairs.sizes, pairs.bound.q_offset)
+        tail = [*strides, *sizes, *captured_arguments(captured), *scalars, *tables]
+        return [*pairs.operands, *of_rows, *outputs, *sums, *tail]
+
+    def _run(
+        self, function: Function, programs: int, arguments: Sequence[Any], pairs: Pairs, outputs: Sequence[Tensor]
+    ) -> None:
+        captured = [pairs.bound.tensors[tensor.name] for tensor in self.plan.tensors]
+        self.module.run(function, programs, arguments, (*pairs.operands, *outputs), captured, pairs.operands)
+
+
+def _launch_rows(
+    kernel: RowsKernel, given: Mapping[str, Tensor], bound: Bound, upstream: Tensor | None = None
+) -> Tensor:
+    """Rows of a call transformed, or a gradient through that."""
+    plan, sizes, x = kernel.plan, bound.sizes, given[kernel.plan.row]
+    heads = sizes.H if plan.heads == "H" else sizes.HKV
+    out = _empty(x, sizes.B, heads, x.shape[2], plan.width, dtype=TORCH_DTYPES[plan.stored])
+    kernel.launch(x, out, sizes, bound.q_offset, bound.tensors, bound.scalars, upstream)
+    return out
+
+
+def _tables(kernel: TilesKernel | None, sizes: Sizes, bound: Bound, device: torch.device) -> Tables:
+    if kernel is None:
+        return NO_TABLES
+    return kernel.launch(sizes, bound.q_offset, bound.tensors, bound.scalars, device)
+
+
+def _table_arguments(tables: Tables) -> list[Any]:
+    return [argument for table in tables.summaries for argument in (table.values, *table.strides)]
+
+
+def _list_arguments(tables: Tables) -> list[Any]:
+    if tables.list_counts is None:
+        return []
+    return [tables.list_offsets, tables.list_tiles, *tables.list_counts.strides]
+
+
+def _distances(partial: Tensor, sizes: Sizes, keys: int) -> Tensor:
+    """Sums by q_row - kv_idx, from those of the diagonals of tiles, of which neighbours overlap."""
+    batch, heads, count, _, block = partial.shape
+    sums = partial.new_zeros(batch, heads, count + 1, block)
+    sums[:, :, :-1] += partial[:, :, :, 0]
+    sums[:, :, 1:] += partial[:, :, :, 1]
+    first = keys - (sizes.N - 1)
+    length = max(sizes.M + sizes.N - 1, 0)
+    if not count:
+        return partial.new_zeros(batch, heads, length)
+    return sums.flatten(2)[:, :, first : first + length].contiguous()
+
+
+def _sum_of_rows(x: Tensor) -> Tensor:
+    """The sum along the last axis; on a CPU in an order that does not depend on the number of threads."""
+    if x.device.type == "cpu":
+        return torch.from_numpy(x.numpy().sum(-1))
+    return x.sum(-1)
+
+
+def _empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    """`x` with a contiguous last axis, and in memory what it says."""
+    x = x.resolve_neg()
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
