@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import assert_never
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ def value(expr: Expr, scope: Scope, active: Tensor = TRUE) -> Tensor:
     """`expr` at every place of `scope`, in a shape that broadcasts to theirs.
 
     `active` tells the places whose value matters. `where`, `and` and `or` narrow it: what the choice leaves out is
-    computed, from reads moved into their tensors, but is not an error.
+    computed, from reads moved into their tensors, but is not an error and has no gradient.
     """
     match expr:
         case Constant(value=constant):
@@ -111,15 +111,15 @@ def value(expr: Expr, scope: Scope, active: Tensor = TRUE) -> Tensor:
             return scope.inputs[name]
         case Load(tensor=tensor, indices=indices):
             places = [value(index, scope, active) for index in indices]
-            return _read(expr, scope.inputs[tensor], places, scope, active)
+            return _only(_read(expr, scope.inputs[tensor], places, scope, active), active)
         case Element(row=row, index=index):
             assert scope.position is not None, "elements stand in row transforms only"
             places = [scope.position, value(index, scope, active)]
-            return _read(expr, scope.rows[row], places, scope, active)
+            return _only(_read(expr, scope.rows[row], places, scope, active), active)
         case Reduce():
-            return _reduce(expr, scope, active)
+            return _only(_reduce(expr, scope, active), active)
         case Hole(name=name):
-            return scope.holes[name]
+            return _only(scope.holes[name], active)
         case Apply(op="where", args=(condition, then, otherwise)):
             chosen = value(condition, scope, active)
             return torch.where(chosen, value(then, scope, active & chosen), value(otherwise, scope, active & ~chosen))
@@ -136,6 +136,11 @@ def value(expr: Expr, scope: Scope, active: Tensor = TRUE) -> Tensor:
             raise IRError(f"{expr} belongs to a plan")
         case _:
             assert_never(expr)
+
+
+def _only(x: Tensor, active: Tensor) -> Tensor:
+    """`x`, whose gradient is that of the active places. At others it would be 0 times a derivative, infinite maybe."""
+    return x if active is TRUE or not x.requires_grad else torch.where(active, x, x.detach())
 
 
 def _scalar(constant: bool | float, floating: torch.dtype) -> Tensor:
@@ -250,48 +255,66 @@ def _head(attention: Attention, q: Tensor, k: Tensor, v: Tensor, scope: Scope) -
     """o (M, E) and lse (M,) of one query head; q (M, D), k (N, D), v (N, E)."""
     q_row, kv_idx = torch.arange(len(q)), torch.arange(len(k))
     q_idx = q_row + scope.sizes["q_offset"]
-    q = transformed(attention.q, "q", q, {"q_row": q_row, "q_idx": q_idx}, scope)
-    k = transformed(attention.k, "k", k, {"kv_idx": kv_idx}, scope)
-    v = transformed(attention.v, "v", v, {"kv_idx": kv_idx}, scope)
-
     grid = {"q_row": q_row[:, None], "q_idx": q_idx[:, None], "kv_idx": kv_idx[None, :]}
     everywhere = replace(scope, indices={**scope.indices, **grid}, reads=[])
     kept = value(attention.mask, everywhere).broadcast_to(len(q), len(k))
     check_reads(everywhere, kept)
 
+    queries, keys = kept.any(1), kept.any(0)
+    q = transformed(attention.q, "q", q, {"q_row": q_row, "q_idx": q_idx}, scope, queries)
+    k = transformed(attention.k, "k", k, {"kv_idx": kv_idx}, scope, keys)
+    v = transformed(attention.v, "v", v, {"kv_idx": kv_idx}, scope, keys)
+
     # From here on one axis: the kept pairs. A masked pair is not there to be computed.
     row, column = kept.nonzero(as_tuple=True)
     pair = {"q_row": q_row[row], "q_idx": q_idx[row], "kv_idx": column}
     at_pairs = replace(scope, indices={**scope.indices, **pair}, reads=[])
-    qk = value(attention.scale, at_pairs) * _dots(q, k, row, column)
-    score = value(attention.score, replace(at_pairs, holes={"qk": qk})).broadcast_to(row.shape)
-    at_scores = replace(at_pairs, holes={"score": score})
+    weight, lse = _weights(attention, q, k, kept, at_pairs)
+    nothing = lse == -torch.inf
+    if lse.requires_grad and nothing.any():
+        # Rows without a sum have no gradient, where 0 times that of a score might be none.
+        weight, lse = _weights(attention, q, k, kept, at_pairs, ~nothing)
+    if attention.dropout is not None:
+        weight = weight * value(attention.dropout, at_pairs)
+    check_reads(at_pairs)
+    return _WeightedSum.apply(weight, v, row, column, len(q)), lse
 
+
+def _weights(
+    attention: Attention, q: Tensor, k: Tensor, kept: Tensor, scope: Scope, live: Tensor = TRUE
+) -> tuple[Tensor, Tensor]:
+    """The weights of the kept pairs, and lse (M,). Rows not `live` have no gradient."""
+    row, column = kept.nonzero(as_tuple=True)
+    active = live if live is TRUE else live[row]
+    qk = value(attention.scale, scope, active) * _dots(q, k, row, column, active)
+    score = value(attention.score, replace(scope, holes={"qk": qk}), active).broadcast_to(row.shape)
+    at_scores = replace(scope, holes={"score": score})
     match attention.normalizer:
         case Softmax(sink=sink):
-            at_rows = {"q_row": q_row, "q_idx": q_idx}
-            extra = -torch.inf if sink is None else _at_rows(sink, at_rows, scope)
+            q_row = torch.arange(len(q))
+            at_rows = {"q_row": q_row, "q_idx": q_row + scope.sizes["q_offset"]}
+            extra = -torch.inf if sink is None else _at_rows(sink, at_rows, scope, live)
             p, total, lse = _softmax(score, row, column, kept.shape, extra)
-            weight = p[row, column] / total[row]
+            return p[row, column] / total[row], lse
         case Sum(weight=weight):
-            weight = value(weight, at_scores).broadcast_to(row.shape)
-            total = torch.zeros(len(q), dtype=weight.dtype).index_add(0, row, weight)
+            weights = value(weight, at_scores, active).broadcast_to(row.shape)
+            total = torch.zeros(len(q), dtype=weights.dtype).index_add(0, row, weights)
             nothing = total == 0
             total = torch.where(nothing, 1, total)
             lse = torch.where(nothing, -torch.inf, total.log())
             # A sum of 0 gives 0, even where the weights that cancel in it are not.
-            weight = torch.where(nothing[row], 0, weight) / total[row]
+            return torch.where(nothing[row], 0, weights) / total[row], lse
         case Elementwise(weight=weight):
-            weight = value(weight, at_scores).broadcast_to(row.shape)
-            lse = torch.zeros(len(q), dtype=weight.dtype)
+            weights = value(weight, at_scores, active).broadcast_to(row.shape)
+            return weights, torch.zeros(len(q), dtype=weights.dtype)
         case _:
             assert_never(attention.normalizer)
-    check_reads(at_pairs)
-    return _weighted_sum(weight, v, row, column, len(q)), lse
 
 
-def transformed(expr: Expr, row: RowName, x: Tensor, positions: Mapping[str, Tensor], scope: Scope) -> Tensor:
-    """Each row of `x` (R, width) transformed by `expr`, the value of element d."""
+def transformed(
+    expr: Expr, row: RowName, x: Tensor, positions: Mapping[str, Tensor], scope: Scope, used: Tensor = TRUE
+) -> Tensor:
+    """Each row of `x` (R, width) transformed by `expr`, the value of element d. Rows not `used` have no gradient."""
     indices = {name: index[:, None] for name, index in positions.items()}
     indices["d"] = torch.arange(x.shape[1])[None, :]
     inner = replace(
@@ -303,32 +326,50 @@ def transformed(expr: Expr, row: RowName, x: Tensor, positions: Mapping[str, Ten
     )
     result = value(expr, inner)
     check_reads(inner)
+    if result.requires_grad and not used.all():
+        result = value(expr, replace(inner, reads=[]), used[:, None])
     return result.to(scope.row_dtype).to(x.dtype).broadcast_to(x.shape)
 
 
-def _at_rows(expr: Expr, positions: Mapping[str, Tensor], scope: Scope) -> Tensor:
+def _at_rows(expr: Expr, positions: Mapping[str, Tensor], scope: Scope, active: Tensor) -> Tensor:
     """`expr` at every query row."""
-    inner = replace(scope, indices={**scope.indices, **positions}, reads=[])
-    result = value(expr, inner)
+    head = {name: scope.indices[name] for name in ("b", "h", "hkv")}
+    inner = replace(scope, indices={**head, **positions}, reads=[])
+    result = value(expr, inner, active)
     check_reads(inner)
     return result
 
 
-def _dots(q: Tensor, k: Tensor, row: Tensor, column: Tensor) -> Tensor:
+def _dots(q: Tensor, k: Tensor, row: Tensor, column: Tensor, active: Tensor) -> Tensor:
     """dot(q[row], k[column]) of each pair."""
     if q.isfinite().all() and k.isfinite().all():
         return (q @ k.T)[row, column]
     # A matrix product would mix rows in the backward pass, as 0 * inf.
-    return (q[row] * k[column]).sum(-1)
+    active = active if active is TRUE else active[:, None]
+    return (_only(q[row], active) * _only(k[column], active)).sum(-1)
 
 
-def _weighted_sum(weight: Tensor, v: Tensor, row: Tensor, column: Tensor, rows: int) -> Tensor:
-    """Per row, the sum of weight * v[column] over its pairs."""
-    if v.isfinite().all():
-        dense = torch.zeros(rows, len(v), dtype=weight.dtype).index_put((row, column), weight)
-        return dense @ v
-    # As above: a masked key's weight is absent, not 0.
-    return torch.zeros(rows, v.shape[1], dtype=weight.dtype).index_add(0, row, weight[:, None] * v[column])
+class _WeightedSum(torch.autograd.Function):
+    """Per row, the sum of weight * v[column] over its pairs. A masked pair's weight is absent, not 0: what stands in v
+    or in the gradient there is not multiplied by it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, v: Tensor, row: Tensor, column: Tensor, rows: int) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(weight, v, row, column)
+        return _sums(weight, v, row, column, rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+        weight, v, row, column = ctx.saved_tensors
+        by_weight = _dots(gradient, v, row, column, TRUE)
+        return by_weight, _sums(weight, gradient, column, row, len(v)), None, None, None
+
+
+def _sums(weight: Tensor, x: Tensor, into: Tensor, of: Tensor, size: int) -> Tensor:
+    """Row `into` of the result gains weight * x[of]."""
+    if x.isfinite().all():
+        return torch.zeros(size, len(x), dtype=weight.dtype).index_put((into, of), weight) @ x
+    return torch.zeros(size, x.shape[1], dtype=weight.dtype).index_add(0, into, weight[:, None] * x[of])
 
 
 def _softmax(
