@@ -91,7 +91,6 @@ def test_seeds_differ_in_all_64_bits() -> None:
     for other in (6, 5 + 2**32, 5 - 2**63, -5):
         agreement = (kept(0.5, other, batch=1, heads=1) == first).double().mean()
         assert abs(agreement - 0.5) < 4.5 / math.sqrt(4 * first.numel())
-    assert torch.equal(first, kept(0.5, 5 + 2**64, batch=1, heads=1))
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**31, 2**32 - 1, -(2**31) - 1, 2**63 - 1, -(2**63), 0x123456789ABCDEF0])
@@ -99,7 +98,7 @@ def test_the_two_halves_of_a_seed(seed: int) -> None:
     scalars = dropout_scalars(0.5, seed)
     high, low = scalars["_seed_high"], scalars["_seed_low"]
     assert all(-(2**31) <= half < 2**31 for half in (high, low))
-    assert high * 2**32 + (low & 0xFFFFFFFF) == seed
+    assert high * 2**32 + low + 2**31 == seed
 
 
 def test_probabilities_are_rounded_to_what_numbers_can_be() -> None:

@@ -2,7 +2,8 @@
 
 Before: an attention
 After:  the same with the clause  dropout = where(uniform(key, q_idx, kv_idx) < p, 0, 1 / (1 - p)),
-        key = random_key(seed, b * H + h), and scalars of the call for p and the two halves of the seed
+        key = random_key(seed, b * H + h), and scalars of the call for p and the two halves of the seed, the lower one
+        less 2**31: scalars have 32 bits and a sign
 
 Which weights are kept depends on the seed, the head and the two positions alone: not on tiles, targets or threads, and
 the backward pass draws the same again.
@@ -27,7 +28,7 @@ def with_dropout(attention: Attention) -> Attention:
     """`attention` with dropout of its weights."""
     p = Parameter(P, Kind.FLOAT)
     high, low = Parameter(SEED_HIGH, Kind.INT), Parameter(SEED_LOW, Kind.INT)
-    seed = _add(_mul(high, Constant(_WORD)), Apply("bit_and", (low, Constant(_WORD - 1))))
+    seed = _add(_mul(high, Constant(_WORD)), _add(low, Constant(_WORD // 2)))
     key = Apply("random_key", (seed, _add(_mul(Index("b"), Size("H")), Index("h"))))
     drawn = Apply("uniform", (key, Index("q_idx"), Index("kv_idx")))
     kept = Apply("div", (Constant(1.0), Apply("sub", (Constant(1.0), p))))
@@ -44,10 +45,8 @@ def with_dropout(attention: Attention) -> Attention:
 
 
 def dropout_scalars(p: float, seed: int) -> dict[str, int | float]:
-    """The scalars of a call with that probability, within [0, 1), and the lower 64 bits of that seed."""
-    whole = (seed + (1 << 63)) % (1 << 64) - (1 << 63)
-    low = (whole + (1 << 31)) % _WORD - (1 << 31)
-    return {P: rounded(p), SEED_HIGH: whole >> 32, SEED_LOW: low}
+    """The scalars of a call with that probability, within [0, 1), and that seed of 64 bits."""
+    return {P: rounded(p), SEED_HIGH: seed // _WORD, SEED_LOW: seed % _WORD - _WORD // 2}
 
 
 def rounded(p: float) -> float:
