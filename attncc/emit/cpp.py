@@ -7,7 +7,7 @@ its value); everything else prints as a scalar and is broadcast where the two me
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import assert_never
 
@@ -46,12 +46,15 @@ from attncc.ir.text import to_text
 from attncc.ir.types import DType, Kind
 from attncc.passes.ranges import INT32, Range, int_range
 from attncc.plan.nodes import (
+    Adjoint,
+    BackwardPlan,
     Binding,
     ForwardPlan,
     KernelPlan,
     RowsPlan,
     ScalarArgument,
     Staged,
+    StagedValues,
     TensorArgument,
 )
 
@@ -74,14 +77,14 @@ class CppPrinter:
         self.plan = plan
         self.machine = machine_of(plan)
         self._dtypes = {tensor.name: tensor.dtype for tensor in plan.tensors}
-        self._in_lanes = isinstance(plan, ForwardPlan)
+        self._in_lanes = isinstance(plan, ForwardPlan | BackwardPlan)
         self._variables: dict[str, Printed] = {}
         self._ranges: dict[str, Range] = {}
         # Within the outer levels of a rows kernel floats are f64, whatever the element type.
         self._outer = False
         self._row_levels: RowLevels | None = split_levels(plan) if isinstance(plan, RowsPlan) else None
-        self._definitions = Definitions(plan) if isinstance(plan, ForwardPlan) else None
-        self._tiled = tiled_loads(plan, self._dtypes) if isinstance(plan, ForwardPlan) else ()
+        self._definitions = Definitions(plan) if isinstance(plan, ForwardPlan | BackwardPlan) else None
+        self._tiled = tiled_loads(plan, self._dtypes) if isinstance(plan, ForwardPlan | BackwardPlan) else ()
         for bindings, level in self._levels():
             for binding in bindings:
                 self._define(binding, level)
@@ -114,6 +117,11 @@ class CppPrinter:
             "plane_first": self.plane_first,
             "has_bands": self.has_bands,
             "staged": self.staged,
+            "staged_values": self.staged_values,
+            "varying_partials": varying_partials,
+            "place_indices": self.place_indices,
+            "takes_addresses": self.takes_addresses,
+            "stored_type": lambda plan: ELEMENT_TYPES[plan.stored],
             "tidy": tidy,
             "classified_keys": lambda _: CLASSIFIED_KEYS,
             "table_type": table_type,
@@ -153,18 +161,24 @@ class CppPrinter:
 
     def staged(self, staged: Staged, indent: int = 8) -> str:
         """Statements that return `staged.value` in lanes."""
-        return self._statements(staged, self.lanes(staged.value), indent)
+        return self._statements(staged.bindings, [staged.value], self.lanes(staged.value), indent)
+
+    def staged_values(self, staged: StagedValues, indent: int = 8) -> str:
+        """Statements that return those of `staged.values` that vary, the first one always, in lanes."""
+        values = [staged.values[0], *(value for value in staged.values[1:] if not isinstance(value, Constant))]
+        return self._statements(staged.bindings, values, f"{{{', '.join(map(self.lanes, values))}}}", indent)
 
     def tile_value(self, tiled: TiledLoad) -> str:
         """Statements that return a value of `tiled`."""
         assert isinstance(tiled.staged.value, Load)
-        return self._statements(tiled.staged, self._print_load(tiled.staged.value).text, indent=8)
+        staged = tiled.staged
+        return self._statements(staged.bindings, [staged.value], self._print_load(tiled.staged.value).text, indent=8)
 
-    def _statements(self, staged: Staged, result: str, indent: int) -> str:
+    def _statements(self, bindings: Sequence[Binding], values: Sequence[Expr], result: str, indent: int) -> str:
         lines = [f"return {result};"]
         # What only loads of whole tiles need is computed there.
-        needed = self._variables_of(staged.value)
-        for binding in reversed(staged.bindings):
+        needed = set[str]().union(*map(self._variables_of, values))
+        for binding in reversed(bindings):
             if binding.name in needed:
                 needed |= self._variables_of(binding.value)
                 lines.append(
@@ -208,6 +222,16 @@ class CppPrinter:
         texts[plane.axis] = "0"
         return f"{mangle(plane.load.tensor)}.address({', '.join(texts)})"
 
+    def place_indices(self, adjoint: Adjoint) -> str:
+        """The indices, for lane `i`, of the entry that the adjoint of a pair adds to."""
+        assert adjoint.place is not None
+        return ", ".join(self._print(index).at_lane() for index in adjoint.place.indices)
+
+    def takes_addresses(self, plan: KernelPlan) -> bool:
+        """Whether the kernel asks where the elements of tensors lie."""
+        adjoints = plan.adjoints if isinstance(plan, BackwardPlan) else ()
+        return bool(self.plane_elements(plan)) or any(adjoint.place is not None for adjoint in adjoints)
+
     def plane_first(self, plane: TiledLoad) -> str:
         """The index, along the keys, of the key `key`."""
         assert plane.axis is not None
@@ -239,7 +263,7 @@ class CppPrinter:
             field.declaration.split("<")[1].split(",")[0].split(">")[0].removeprefix("const ")
             for field in argument_fields(plan)
             if "<" in field.declaration
-        }
+        } | ({ELEMENT_TYPES[plan.stored]} if isinstance(plan, RowsPlan) else set())
 
     def loads_lanes(self, plan: KernelPlan) -> bool:
         """Whether captured tensors are read at an index that differs between queries."""
@@ -291,8 +315,8 @@ class CppPrinter:
                 return self._apply(expr)
             case Summary():
                 return self._summary(expr)
-            case Element(index=index):
-                return Printed(f"value_of(x[{self._print(index).text}])", Kind.FLOAT)
+            case Element(index=index, upstream=upstream):
+                return Printed(f"value_of({'g' if upstream else 'x'}[{self._print(index).text}])", Kind.FLOAT)
             case Reduce():
                 return self._reduce(expr)
             case _:
@@ -426,3 +450,8 @@ class CppPrinter:
             return value
         wide = value.wide and not self._lanes_are_wide(lanes=True)
         return Printed(f"splat({value.text})", value.kind, lanes=True, wide=wide)
+
+
+def varying_partials(plan: BackwardPlan) -> list[int]:
+    """Which derivatives of a pair's value are no constants: 0 is that by the product, 1 + i that of adjoint i."""
+    return [number for number, value in enumerate(plan.pair.values[1:]) if not isinstance(value, Constant)]

@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from attncc.emit.cpp_plan import stages_of
 from attncc.ir.nodes import Apply, Expr, Hole, Index, Load, Variable
 from attncc.ir.rewrite import substitute, walk
 from attncc.ir.types import DType
-from attncc.plan.nodes import ForwardPlan, Staged
+from attncc.plan.nodes import PairsPlan, Staged
 from attncc.plan.stage import share
 
 # Element types that are transposed as they are or as floats; 64-bit ints would need vectors of their own.
@@ -44,17 +45,17 @@ class TiledLoad:
     masked: bool
 
 
-def tiled_loads(plan: ForwardPlan, dtypes: Mapping[str, DType]) -> tuple[TiledLoad, ...]:
-    """The loads of score, weight and mask that vary with query and key, but not with the product of the two."""
+def tiled_loads(plan: PairsPlan, dtypes: Mapping[str, DType]) -> tuple[TiledLoad, ...]:
+    """The loads of a pair's values and mask that vary with query and key, but not with the product of the two."""
     definitions = Definitions(plan)
     found: dict[Load, TiledLoad] = {}
     levels = (plan.call, plan.head, plan.row, plan.key)
     taken = {binding.name for level in levels for binding in level} | {p.name for p in plan.spec.parameters}
-    for stage in (plan.score, plan.weight, plan.mask):
-        taken |= {binding.name for binding in stage.bindings} if stage else set[str]()
-    stages: list[tuple[Staged | None, bool]] = [(plan.score, False), (plan.weight, False), (plan.mask, True)]
-    for stage, masked in stages:
-        for load in _loads(stage):
+    stages = stages_of(plan)
+    taken |= {binding.name for bindings, _ in stages for binding in bindings}
+    for number, (bindings, values) in enumerate(stages):
+        masked = plan.mask is not None and number == len(stages) - 1
+        for load in _loads([*(binding.value for binding in bindings), *values]):
             value = definitions.outside_pair(load)
             if (
                 load in found
@@ -67,20 +68,16 @@ def tiled_loads(plan: ForwardPlan, dtypes: Mapping[str, DType]) -> tuple[TiledLo
     return tuple(found.values())
 
 
-def _loads(stage: Staged | None) -> list[Load]:
-    if stage is None:
-        return []
-    exprs = [*(binding.value for binding in stage.bindings), stage.value]
+def _loads(exprs: list[Expr]) -> list[Load]:
     return [node for expr in exprs for node in walk(expr) if isinstance(node, Load)]
 
 
 class Definitions:
-    """What the variables of a forward plan stand for."""
+    """What the variables of a plan stand for."""
 
-    def __init__(self, plan: ForwardPlan) -> None:
-        pair = [stage.bindings for stage in (plan.score, plan.mask, plan.weight) if stage is not None]
+    def __init__(self, plan: PairsPlan) -> None:
         self._pair: dict[Expr, Expr] = {}
-        for bindings in pair:
+        for bindings, _ in stages_of(plan):
             for binding in bindings:
                 self._pair[Variable(binding.name, binding.kind)] = substitute(binding.value, self._pair)
         self._outer: dict[Expr, Expr] = {}

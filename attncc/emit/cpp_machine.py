@@ -9,7 +9,17 @@ from typing import Literal, assert_never
 
 from attncc.ir.nodes import Summary
 from attncc.ir.types import DType, Kind
-from attncc.plan.nodes import CppTile, ForwardPlan, KernelPlan, RowsPlan, ScalarArgument, TensorArgument, TilesPlan
+from attncc.plan.nodes import (
+    Adjoint,
+    BackwardPlan,
+    CppTile,
+    ForwardPlan,
+    KernelPlan,
+    RowsPlan,
+    ScalarArgument,
+    TensorArgument,
+    TilesPlan,
+)
 from attncc.resources import folder
 
 ELEMENT_TYPES: dict[DType, str] = {
@@ -45,6 +55,7 @@ class Machine:
     element   type of q, k, v and o in memory
     pairs     products multiply pairs of bf16 and add them up in f32 (vdpbf16ps)
     widened   k and v are rewritten as `real` once per call, because the products cannot read them as they are
+    steps     of a product over the queries of a tile
     """
 
     arch: str
@@ -52,6 +63,7 @@ class Machine:
     element: str
     lanes: int
     vectors: int
+    steps: int
     block_n: int
     micro_keys: int
     avx512: bool
@@ -60,7 +72,7 @@ class Machine:
 
     @property
     def block_m(self) -> int:
-        return self.lanes * self.vectors
+        return self.lanes * self.vectors * self.steps
 
     @property
     def suffix(self) -> str:
@@ -83,7 +95,7 @@ class Machine:
 
 def machine_of(plan: KernelPlan) -> Machine:
     """The machine that `plan` is for. A `TilesPlan` has no element type: its reals are f64."""
-    tile = plan.tile if isinstance(plan, ForwardPlan | TilesPlan) else CppTile(1, 1, 1, 1)
+    tile = CppTile(1, 1, 1, 1) if isinstance(plan, RowsPlan) else plan.tile
     assert isinstance(tile, CppTile)
     dtype = DType.F64 if isinstance(plan, TilesPlan) else plan.dtype
     pairs = dtype is DType.BF16 and plan.target.arch == "avx512_bf16"
@@ -93,6 +105,7 @@ def machine_of(plan: KernelPlan) -> Machine:
         element=ELEMENT_TYPES[dtype],
         lanes=tile.lanes,
         vectors=tile.vectors,
+        steps=tile.steps,
         block_n=tile.block_n,
         micro_keys=tile.micro_keys,
         avx512=plan.target.arch.startswith("avx512"),
@@ -139,9 +152,33 @@ def argument_fields(plan: KernelPlan) -> tuple[Field, ...]:
     contiguous); sizes; `NAME` of each scalar; for each captured tensor `NAME` and per axis i `NAME_size_i`,
     `NAME_stride_i`; for summary i `summary_i` and its strides (0 where the table has one entry for all); for lists
     `list_offsets` (int64, one more than there are lists), `list_entries` (int32), `list_stride_b`, `list_stride_h` (in
-    lists), and `list_counted` where they are filled.
+    lists), and `list_counted` where they are filled. A backward kernel's `adjoint_i` are pointers; that of a pair has
+    sizes and strides, as a captured tensor.
     """
     match plan:
+        case BackwardPlan():
+            element = machine_of(plan).element
+            real = machine_of(plan).real
+            rows = "(B, H, M), contiguous"
+            return (
+                _operand("q", f"const {element}", "(B, H, M, D)"),
+                _operand("k", f"const {element}", "(B, HKV, N, D)"),
+                _operand("v", f"const {element}", "(B, HKV, N, E)"),
+                _operand("o", f"const {element}", "(B, H, M, E)"),
+                _operand("d_o", f"const {element}", "(B, H, M, E), the gradient of o"),
+                *(() if plan.normalizer == "none" else _totals(plan, real, rows)),
+                _operand("dq", element, "(B, H, M, D)"),
+                _operand("dk", element, "(B, HKV, N, D)"),
+                _operand("dv", element, "(B, HKV, N, E)"),
+                *((Field(f"{real}* delta;", rows, (("delta", "Q"),)),) if plan.writes_delta else ()),
+                *(_adjoint(adjoint, i, real) for i, adjoint in enumerate(plan.adjoints)),
+                *_call_fields(plan),
+                *(
+                    Field(f"{table_type(s)} summary_{i};", "", _table_slots(i))
+                    for i, s in enumerate(plan.blocks.summaries)
+                ),
+                *(_list_fields("const ") if plan.blocks.strategy == "list" else ()),
+            )
         case ForwardPlan():
             element = machine_of(plan).element
             real = machine_of(plan).real
@@ -161,11 +198,13 @@ def argument_fields(plan: KernelPlan) -> tuple[Field, ...]:
         case RowsPlan():
             element = machine_of(plan).element
             length = "M" if plan.row == "q" else "N"
+            shape = f"(B, {plan.heads}, {length}, {plan.width}), contiguous"
             return (
                 _operand(
                     "x", f"const {element}", f"({'B, H' if plan.row == 'q' else 'B, HKV'}, {length}, {plan.width})"
                 ),
-                Field(f"{element}* y;", f"(B, {plan.heads}, {length}, {plan.width}), contiguous", (("y", "Q"),)),
+                *((Field(f"const {element}* g;", f"{shape}: the gradient", (("g", "Q"),)),) if plan.upstream else ()),
+                Field(f"{ELEMENT_TYPES[plan.stored]}* y;", shape, (("y", "Q"),)),
                 *_call_fields(plan),
             )
         case TilesPlan():
@@ -192,6 +231,26 @@ def _call_fields(plan: KernelPlan) -> tuple[Field, ...]:
     )
 
 
+def _totals(plan: BackwardPlan, real: str, rows: str) -> tuple[Field, ...]:
+    what = "the log of what rows were divided by" if plan.normalizer == "softmax" else "what rows were divided by"
+    return (
+        Field(f"const {real}* total;", f"{rows}: {what}", (("total", "Q"),)),
+        Field(f"const {real}* dtotal;", f"{rows}: its gradient; or null", (("dtotal", "Q"),)),
+    )
+
+
+_ADJOINT_SHAPES = {"head": "(B, H)", "row": "(B, H, M)", "column": "(B, H, N)", "diagonal": "(B, H, M + N - 1)"}
+
+
+def _adjoint(adjoint: Adjoint, i: int, real: str) -> Field:
+    name = f"adjoint_{i}"
+    if adjoint.place is None:
+        return Field(f"{real}* {name};", f"{_ADJOINT_SHAPES[adjoint.along]}, contiguous", ((name, "Q"),))
+    rank = len(adjoint.place.indices)
+    comment = f"the gradient of {adjoint.place.tensor}"
+    return Field(f"Tensor<{real}, {rank}> {name};", comment, _tensor_slots(name, rank))
+
+
 def _operand(name: str, element: str, shape: str) -> Field:
     strides = tuple[tuple[str, Format], ...]((f"{name}_stride_{axis}", "q") for axis in ("b", "h", "row"))
     return Field(f"Operand<{element}> {name};", shape, ((name, "Q"), *strides))
@@ -203,15 +262,16 @@ def _scalar(scalar: ScalarArgument) -> Field:
 
 
 def _tensor(tensor: TensorArgument) -> Field:
-    axes = range(tensor.rank)
-    slots: tuple[tuple[str, Format], ...] = (
-        (tensor.name, "Q"),
-        *((f"{tensor.name}_size_{axis}", "q") for axis in axes),
-        *((f"{tensor.name}_stride_{axis}", "q") for axis in axes),
-    )
+    slots = _tensor_slots(tensor.name, tensor.rank)
     return Field(
         f"Tensor<{ELEMENT_TYPES[tensor.dtype]}, {tensor.rank}> {mangle(tensor.name)};", "", slots, captured=True
     )
+
+
+def _tensor_slots(name: str, rank: int) -> tuple[tuple[str, Format], ...]:
+    sizes: list[tuple[str, Format]] = [(f"{name}_size_{axis}", "q") for axis in range(rank)]
+    strides: list[tuple[str, Format]] = [(f"{name}_stride_{axis}", "q") for axis in range(rank)]
+    return ((name, "Q"), *sizes, *strides)
 
 
 def table_type(summary: Summary) -> str:
@@ -258,11 +318,11 @@ _KEYWORDS = frozenset(
 # Names of `argument_fields`, and those that templates put together.
 _FIELDS = frozenset(
     """
-    q k v o x y lse B H HKV M N q_offset num_threads list_offsets list_entries list_stride_b list_stride_h
-    list_counted
+    q k v o x y g lse d_o total dtotal dq dk dv delta B H HKV M N q_offset num_threads
+    list_offsets list_entries list_stride_b list_stride_h list_counted
     """.split()
 )
-_NUMBERED = re.compile(r"(summary|summarized|fill_summary|range)_\d+|of_spec_\w+")
+_NUMBERED = re.compile(r"(summary|summarized|fill_summary|range|adjoint|partial)_\d+|of_spec_\w+")
 
 
 @functools.cache

@@ -6,15 +6,14 @@ from typing import assert_never
 
 from attncc.emit.cpp_rows import RowLevels
 from attncc.ir.nodes import Expr
-from attncc.plan.nodes import Binding, ForwardPlan, KernelPlan, RowsPlan, TilesPlan
+from attncc.plan.nodes import BackwardPlan, Binding, ForwardPlan, KernelPlan, PairsPlan, RowsPlan, TilesPlan
 
 
 def levels_of(plan: KernelPlan, row_levels: RowLevels | None) -> list[tuple[tuple[Binding, ...], str]]:
     """The bindings of a plan, outermost first, with the name of their level."""
     match plan:
-        case ForwardPlan():
-            stages = [s for s in (plan.score, plan.mask, plan.weight) if s is not None]
-            pair = [(stage.bindings, "pair") for stage in stages]
+        case ForwardPlan() | BackwardPlan():
+            pair = [(bindings, "pair") for bindings, _ in stages_of(plan)]
             return [(plan.call, "call"), (plan.head, "head"), (plan.row, "row"), (plan.key, "key"), *pair]
         case RowsPlan():
             assert row_levels is not None
@@ -32,20 +31,34 @@ def levels_of(plan: KernelPlan, row_levels: RowLevels | None) -> list[tuple[tupl
             assert_never(plan)
 
 
+def stages_of(plan: PairsPlan) -> list[tuple[tuple[Binding, ...], tuple[Expr, ...]]]:
+    """What is computed at a pair, the mask last: bindings and the values that follow."""
+    found: list[tuple[tuple[Binding, ...], tuple[Expr, ...]]] = []
+    if isinstance(plan, ForwardPlan):
+        found += [(stage.bindings, (stage.value,)) for stage in (plan.score, plan.weight) if stage is not None]
+    else:
+        found.append((plan.pair.bindings, plan.pair.values))
+    return found if plan.mask is None else [*found, (plan.mask.bindings, (plan.mask.value,))]
+
+
 def expressions_of(plan: KernelPlan, row_levels: RowLevels | None) -> list[Expr]:
     """Every expression that the kernel's template prints."""
     exprs = [binding.value for bindings, _ in levels_of(plan, row_levels) for binding in bindings]
     match plan:
         case ForwardPlan():
-            exprs += [s.value for s in (plan.score, plan.mask, plan.weight) if s is not None]
+            exprs += [value for _, values in stages_of(plan) for value in values]
             exprs += [plan.scale] if plan.sink is None else [plan.scale, plan.sink]
+        case BackwardPlan():
+            exprs += [value for _, values in stages_of(plan) for value in values]
+            exprs += [plan.scale, plan.dot_factor]
+            exprs += [index for adjoint in plan.adjoints if adjoint.place for index in adjoint.place.indices]
         case RowsPlan():
             exprs.append(row_levels.element.value if row_levels else plan.element.value)
         case TilesPlan():
             pass
         case _:
             assert_never(plan)
-    if isinstance(plan, ForwardPlan | TilesPlan):
+    if not isinstance(plan, RowsPlan):
         exprs += [e for r in plan.blocks.ranges for e in (r.lo, r.hi, r.full_lo, r.full_hi)]
         exprs += [plan.blocks.possible, plan.blocks.certain, *plan.blocks.summaries]
     return exprs

@@ -47,7 +47,7 @@ class CppProgram:
         self._run = _run_of(launcher, f"{program.spec.name}_run")
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound, return_total: bool) -> Result:
-        q, k, v = _contiguous(q), _contiguous(k), _contiguous(v)
+        q, k, v = contiguous(q), contiguous(k), contiguous(v)
         return self._run(self._launch, q, k, v, bound.inputs, bound.q_offset, return_total)
 
 
@@ -80,7 +80,7 @@ class TritonProgram:
             lse = torch.empty((sizes.B, sizes.H, sizes.M), dtype=dtype, device=q.device)
         if not o.numel():
             return o, lse if return_total else None
-        operands = {"q": _contiguous(q), "k": _contiguous(k), "v": _contiguous(v)}
+        operands = {"q": contiguous(q), "k": contiguous(k), "v": contiguous(v)}
         tensors, scalars = bound.tensors, bound.scalars | {GROUP_SIZE: sizes.H // sizes.HKV}
         inner = sizes
         if self._program.operand_heads == "H":
@@ -112,7 +112,7 @@ class TritonProgram:
         return o, lse if return_total else None
 
 
-def _contiguous(x: Tensor) -> Tensor:
+def contiguous(x: Tensor) -> Tensor:
     """`x` with a contiguous last axis, and in memory what it says: itself, unless it has none or is a lazy negation."""
     if x.is_neg():
         x = x.resolve_neg()
