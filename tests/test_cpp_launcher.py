@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,3 +71,27 @@ def test_lists_and_tables_for_all_or_per_batch_or_per_head(axes: str, room: int)
     program.program._run.__globals__["ENTRIES_AT_ONCE"] = room
     q, k, v = normal(2, 3, 200, 8, seed=1), normal(2, 3, 700, 8, seed=2), normal(2, 3, 700, 8, seed=3)
     assert program.check(q, k, v) == (["tiles", "forward"] if room else ["tiles", "tiles", "forward"])
+
+
+FORKS = """
+import os
+import torch
+import attncc
+
+torch.set_num_threads(2)
+attn = attncc.build("attention plain():\\n    mask = causal\\n", target="cpp")
+q, k, v = (torch.randn(1, 2, 200, 8) for _ in range(3))
+o = attn(q, k, v)
+child = os.fork()
+if child == 0:
+    again = attncc.build("attention other():\\n    mask = kv_idx <= q_idx\\n", target="cpp")
+    os._exit(0 if torch.equal(attn(q, k, v), o) and torch.equal(again(q, k, v), o) else 1)
+_, status = os.waitpid(child, 0)
+assert torch.equal(attn(q, k, v), o)
+raise SystemExit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_a_child_forked_after_a_call_can_call() -> None:
+    """The threads of the OpenMP runtime stay behind; who waits for them waits for ever."""
+    assert subprocess.run([sys.executable, "-c", FORKS], timeout=120, check=False).returncode == 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import os
 import shlex
 import struct
 import warnings
@@ -72,7 +73,8 @@ def compile_kernel(plan: KernelPlan, source: str, folder: Path) -> CppKernel:
         library = _compile(source, options, path)
     library.attncc_bind.argtypes = (ctypes.c_void_p,)
     library.attncc_bind.restype = None
-    library.attncc_bind(parallel_region())
+    library.attncc_bind(0 if _forked else parallel_region())
+    _bound.append(library)
     return CppKernel(plan, library, path)
 
 
@@ -155,6 +157,22 @@ def parallel_region() -> int:
             return address
     warnings.warn("found no OpenMP runtime of PyTorch: C++ kernels run on one thread", stacklevel=2)
     return 0
+
+
+# Libraries that run on threads of the OpenMP runtime; whether these threads were left behind in a parent process.
+_bound: list[ctypes.CDLL] = []
+_forked = False
+
+
+def _leave_threads_behind() -> None:
+    """In a forked child the runtime waits for ever for threads that only its parent has: kernels run on one thread."""
+    global _forked  # noqa: PLW0603
+    _forked = bool(_bound)
+    for library in _bound:
+        library.attncc_bind(0)
+
+
+os.register_at_fork(after_in_child=_leave_threads_behind)
 
 
 def _openmp_libraries() -> list[Path]:
