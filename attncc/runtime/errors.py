@@ -185,11 +185,14 @@ class TooLong(Diagnostic):
 
 
 @dataclass(frozen=True, slots=True)
-class NoSecondGradient(Diagnostic):
+class NoDerivative(Diagnostic):
     code = "A0611"
-    title = "the gradients of `{attention}` have no gradients themselves"
-    help = "detach them, or differentiate the formula of attn.reference, which has gradients of every order"
-    explanation = "Backward kernels are derived once: o and lse have gradients, and these have none."
+    title = "`{attention}` has no {kind}"
+    help = "where they are needed, write the formula with PyTorch's own operations"
+    explanation = (
+        "Kernels are derived for the backward pass: o and lse have gradients. These have none themselves, and nothing "
+        "has derivatives in forward mode."
+    )
     bad = (
         "q.requires_grad_()\n"
         "(dq,) = torch.autograd.grad(attn(q, k, v).sum(), q, create_graph=True)\n"
@@ -198,6 +201,7 @@ class NoSecondGradient(Diagnostic):
     good = "attn(q.requires_grad_(), k, v).norm().backward()"
 
     attention: str
+    kind: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +214,21 @@ class NoLse(Diagnostic):
         "of weights for `normalize = sum`. Elementwise weights without a normalizer are divided by nothing."
     )
     bad = "attn(q, k, v, return_lse=True)   # for `weight = sigmoid(score)`"
+    good = "attn(q, k, v)"
+
+    attention: str
+
+
+@dataclass(frozen=True, slots=True)
+class NoStatistics(Diagnostic):
+    code = "A0617"
+    title = "`{attention}` has no statistics: it is no softmax"
+    help = "leave out stats, or write `weight = softmax(score)`"
+    explanation = (
+        "The greatest score, the entropy and the column sums of weights are those of a softmax, whose rows are "
+        "probabilities."
+    )
+    bad = 'attn(q, k, v, stats=("entropy",))   # for `weight = sigmoid(score)`'
     good = "attn(q, k, v)"
 
     attention: str

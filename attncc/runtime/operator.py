@@ -16,17 +16,21 @@ wanted     which of `tensors` need a gradient
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import _C, Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
 
 from attncc.diagnostics import CallError
 from attncc.ir.nodes import Elementwise
 from attncc.ir.types import Kind
+from attncc.runtime import vmap
 from attncc.runtime.arguments import Bound, Mismatch, Signature
-from attncc.runtime.errors import NoSecondGradient
+from attncc.runtime.errors import NoDerivative
 from attncc.runtime.kernels import Kernels
 from attncc.runtime.refusals import refuse
 
@@ -133,9 +137,10 @@ def _backward(spec: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Te
         bound = _bind(signature, q, k, v, *arguments)
         divides = not isinstance(kernels.attention.normalizer, Elementwise)
         names = tuple(name for name, is_wanted in zip(bound.tensors, wanted, strict=True) if is_wanted)
-        dq, dk, dv, captured = kernels.backward(
-            q, k, v, bound, o, total if divides else None, do, dtotal if divides else None, names
-        )
+        with _recording():
+            dq, dk, dv, captured = kernels.backward(
+                q, k, v, bound, o, total if divides else None, do, dtotal if divides else None, names
+            )
         return [dq, dk, dv, *(captured[name] for name in names)]
 
 
@@ -145,10 +150,26 @@ def _backward_fake(spec: str, q: Tensor, k: Tensor, v: Tensor, tensors: list[Ten
     return [x.new_empty(x.shape) for x in (q, k, v, *captured)]
 
 
+def _recording() -> Any:
+    """Within an operator, autograd is switched off for the thread below `torch.enable_grad`. Gradients of captured
+    tensors go through PyTorch's own, so it is switched on again."""
+    excluded = _C._dispatch_tls_local_exclude_set()
+    for key in (
+        _C.DispatchKey.AutogradFunctionality,
+        _C.DispatchKey.AutogradOther,
+        _C.DispatchKey.AutogradNestedTensor,
+    ):
+        excluded = excluded.remove(key)
+    return _C._ForceDispatchKeyGuard(_C._dispatch_tls_local_include_set(), excluded)
+
+
 # --- autograd -------------------------------------------------------------------------------------------------------
 
+# `torch.func` has come down to one of its levels when it asks for an operator's autograd. `Function.apply` would start
+# from the top again; its base class, which PyTorch makes its own levels of, goes on from there.
 
-class _Attend(torch.autograd.Function):
+
+class _Attend(_SingleLevelFunction):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, keys: Any, call: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor
@@ -171,8 +192,13 @@ class _Attend(torch.autograd.Function):
         captured = iter(found)
         return None, None, dq, dk, dv, *(next(captured) if is_wanted else None for is_wanted in wanted)
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        del tangents
+        raise _no_derivative(ctx.call[0], "derivatives in forward mode")
 
-class _Backward(torch.autograd.Function):
+
+class _Backward(_SingleLevelFunction):
     """The gradients, which have none themselves. They may be asked for with `create_graph=True`, as `torch.func.grad`
     always does; only whoever goes back through them is refused."""
 
@@ -185,14 +211,24 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:  # type: ignore[override]
         del gradients
-        raise CallError(NoSecondGradient(None, variant_of(ctx.spec).signature.attention.name))
+        raise _no_derivative(ctx.spec, "second derivatives")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        del tangents
+        raise _no_derivative(ctx.spec, "derivatives in forward mode")
+
+
+def _no_derivative(spec: str, kind: str) -> CallError:
+    return CallError(NoDerivative(None, variant_of(spec).signature.attention.name, kind))
 
 
 def _attend_autograd(
     keys: Any, spec: str, q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], *numbers: Any
 ) -> tuple[Tensor, Tensor]:
-    below = keys & _C._after_autograd_keyset
-    return _Attend.apply(below, (spec, *numbers), q, k, v, *tensors)  # type: ignore[no-any-return]
+    with _at_one_level():
+        below = keys & _C._after_autograd_keyset
+        return _Attend.apply(below, (spec, *numbers), q, k, v, *tensors)  # type: ignore[attr-defined]
 
 
 def _backward_autograd(
@@ -205,7 +241,27 @@ def _backward_autograd(
     if not torch.is_grad_enabled():
         return compute()
     results = [x for x in rest if isinstance(x, Tensor)]
-    return list(_Backward.apply(compute, spec, q, k, v, *tensors, *results))
+    with _at_one_level():
+        return list(_Backward.apply(compute, spec, q, k, v, *tensors, *results))  # type: ignore[attr-defined]
+
+
+def _at_one_level() -> contextlib.AbstractContextManager[None]:
+    if _C._are_functorch_transforms_active():
+        return enable_single_level_autograd_function()
+    return contextlib.nullcontext()
+
+
+# --- vmap -----------------------------------------------------------------------------------------------------------
+
+
+def _attend_vmap(info: Any, axes: tuple[Any, ...], spec: str, *rest: Any) -> Any:
+    attention = variant_of(spec).kernels.attention
+    return vmap.attend(ATTEND, attention, info.batch_size, axes, spec, *rest)
+
+
+def _backward_vmap(info: Any, axes: tuple[Any, ...], spec: str, *rest: Any) -> Any:
+    attention = variant_of(spec).kernels.attention
+    return vmap.attend_backward(ATTEND_BACKWARD, attention, info.batch_size, axes, spec, *rest)
 
 
 # --- registration ---------------------------------------------------------------------------------------------------
@@ -216,3 +272,5 @@ torch.library.register_fake("attncc::attend", _attend_fake, lib=_LIBRARY)
 _LIBRARY.impl("attend_backward", _backward, "CompositeExplicitAutograd")
 _LIBRARY.impl("attend_backward", _backward_autograd, "Autograd", with_keyset=True)
 torch.library.register_fake("attncc::attend_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_vmap("attncc::attend", _attend_vmap, lib=_LIBRARY)
+torch.library.register_vmap("attncc::attend_backward", _backward_vmap, lib=_LIBRARY)

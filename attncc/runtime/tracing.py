@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import _C, Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
@@ -26,6 +27,7 @@ def is_followed(q: Tensor, k: Tensor, v: Tensor, bound: Bound) -> bool:
         or _C._are_functorch_transforms_active()  # grad, vmap
         or _C._len_torch_function_stack()  # default devices
         or _C._is_tracing()  # torch.jit.trace
+        or forward_ad._current_level >= 0
         or type(q) not in _PLAIN
         or type(k) not in _PLAIN
         or type(v) not in _PLAIN
