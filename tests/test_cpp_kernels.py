@@ -255,6 +255,16 @@ def test_large_scores(size: float, dtype: torch.dtype, arch: str) -> None:
     check(attention(scale=size / 16), q, k, v, arch=arch)
 
 
+@DTYPES
+def test_a_constant_beyond_the_range_of_the_type_is_infinite(dtype: torch.dtype) -> None:
+    q, k, v = operands(dtype)
+    o, lse = run(attention(score=op("mul", op("abs", Hole("qk")), 1e39)), q, k, v)
+    assert lse is not None
+    assert o.isfinite().all() if dtype == F64 else (o.isnan().all() and not lse.isfinite().any())
+    bounded = attention(score=op("add", op("min", Hole("qk"), 1e39), 1e-50))
+    check(bounded, q, k, v)
+
+
 @ARCHS
 @DTYPES
 def test_rows_whose_scores_are_all_minus_infinity(dtype: torch.dtype, arch: str) -> None:

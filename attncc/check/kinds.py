@@ -10,6 +10,7 @@ from attncc.check.reporter import Reporter
 from attncc.check.rope import Scaling
 from attncc.check.type_errors import (
     BadValue,
+    ConstantOverflow,
     IntPower,
     NeedsRow,
     NeedsScalar,
@@ -20,6 +21,7 @@ from attncc.check.type_errors import (
     WrongKind,
 )
 from attncc.check.values import (
+    IntOverflow,
     KindMismatch,
     Meaning,
     SizeMismatch,
@@ -180,6 +182,8 @@ class Kinds:
         except SizeMismatch as mismatch:
             left, right = size_text(mismatch.left), size_text(mismatch.right)
             raise self.fail(self._row_sizes(span, left, right)) from None
+        except IntOverflow as overflow:
+            raise self.fail(ConstantOverflow(span, str(overflow.value))) from None
 
     def _row_sizes(self, span: Span, left: str, right: str) -> Diagnostic:
         row_size = left if left in ("D", "E") else right
@@ -199,7 +203,10 @@ class Kinds:
             return self.apply("pow", [(to_float(x), base[1]), (to_float(y), exponent[1])], span, "an operand of `**`")
         if n > _MAX_INT_POWER:
             raise self.fail(IntPower(exponent[1], f"more than {_MAX_INT_POWER} factors"))
-        return _product([x] * n, self.place(span))
+        try:
+            return _product([x] * n, self.place(span))
+        except IntOverflow as overflow:
+            raise self.fail(ConstantOverflow(span, str(overflow.value))) from None
 
     # Refusals
 

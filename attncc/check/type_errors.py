@@ -317,3 +317,18 @@ class NeverInside(Diagnostic):
     size: str
     index: str
     hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class ConstantOverflow(Diagnostic):
+    code = "A0319"
+    title = "an int of constants does not fit in 64 bits"
+    label = "{value} takes more than 64 bits"
+    help = "write a float where 64 bits are too few, such as `10.0 ** 30`"
+    explanation = (
+        "Ints have 64 bits. What constants make of each other is known when the specification is checked, and must fit."
+    )
+    bad = "attention far():\n    score = qk * 10 ** 39\n"
+    good = "attention far():\n    score = qk * 10.0 ** 30\n"
+
+    value: str

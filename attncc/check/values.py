@@ -102,7 +102,7 @@ def to_float(value: Value) -> Value:
 def apply(op: str, *arguments: Value, span: Span | None = None) -> Value:
     """The operator on its arguments, element by element where some are rows, with ints made floats where it asks.
 
-    Raises `KindMismatch` and `SizeMismatch`.
+    Raises `KindMismatch`, `SizeMismatch` and `IntOverflow`.
     """
     row = OPERATORS[op]
     sizes = [argument.size for argument in arguments if argument.size is not None]
@@ -174,8 +174,18 @@ _FOLDED: dict[str, Callable[[Any, Any], Any]] = {
 _FOLDED_UNARY: dict[str, Callable[[Any], Any]] = {"neg": operator.neg, "not": operator.not_, "to_float": float}
 
 
+@dataclass(slots=True)
+class IntOverflow(Exception):
+    """An int of constants does not fit in 64 bits."""
+
+    value: int
+
+
 def fold(expr: Apply) -> Expr:
-    """A constant for plain arithmetic on constants, where Python's result is exact or rounds as f64 does."""
+    """A constant for plain arithmetic on constants, where Python's result is exact or rounds as f64 does.
+
+    Raises `IntOverflow`.
+    """
     try:
         match expr.args:
             case (Constant(value=x),) if expr.op in _FOLDED_UNARY:
@@ -189,7 +199,7 @@ def fold(expr: Apply) -> Expr:
     if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and expr.op != "neg")):
         return expr  # NaN is no constant, and an overflow is the spec's own affair.
     if type(value) is int and not -(2**63) <= value < 2**63:
-        return expr
+        raise IntOverflow(value)
     return Constant(value, expr.span)
 
 
