@@ -207,3 +207,19 @@ def test_random_transforms(data: st.DataObject, width: int) -> None:
 def test_transforms_of_random_attentions(transform: Expr, width: int) -> None:
     transform = substitute(transform, {Size("D"): Constant(width)})
     assert_gradients(transform, normal(ROWS, width), inputs_of(transform, width))
+
+
+@pytest.mark.parametrize(
+    "transform", ["l2norm(q) * gain[h, :]", "softmax(q) * gain[h, :]", "rope(q * gain[h, :], q_idx)"]
+)
+def test_a_row_that_nothing_reads_may_hold_anything(transform: str) -> None:
+    spec = f"attention a(gain: float[H, D]):\n    q = {transform}\n"
+    expr, _ = of_spec(spec, 4)
+    x, upstream = normal(ROWS, 4), normal(ROWS, 4, seed=1)
+    x[1], upstream[1], upstream[2, 0] = torch.nan, 0.0, torch.nan
+    scope = scope_of(4, {"gain": normal(HEADS, 4, seed=2)})
+    parts = learned_elements(expr, {"gain"})
+    for gradient in (transposed_row(expr, "q", 4), *part_gradients(expr, parts, "q", 4)):
+        found = at_rows(gradient, x, upstream, scope)
+        assert (found[1] == 0).all() and found[2].isnan().any()
+        assert found[[0, 3, 4]].isfinite().all()

@@ -40,13 +40,27 @@ _D = Index("d")
 
 def transposed_row(transform: Expr, row: RowName, width: int) -> Expr:
     """The gradient by element d of the row, over the row and the gradient of the transform (`Element.upstream`)."""
-    return _sum(_element_terms(transform, Element(row, _D, upstream=True), width))
+    upstream = Element(row, _D, upstream=True)
+    return _where_used(_sum(_element_terms(transform, upstream, width)), upstream, width)
 
 
 def part_gradients(transform: Expr, parts: Sequence[Expr], row: RowName, width: int) -> tuple[Expr, ...]:
     """What element d adds to the gradient of each of `parts`, which read no element of the row."""
-    above = Element(row, _D, upstream=True)
-    return tuple(_sum(_part_terms(transform, i, parts, above, width)) for i in range(len(parts)))
+    upstream = Element(row, _D, upstream=True)
+    gradients = (_sum(_part_terms(transform, i, parts, upstream, width)) for i in range(len(parts)))
+    return tuple(_where_used(gradient, upstream, width) for gradient in gradients)
+
+
+def _where_used(gradient: Expr, upstream: Element, width: int) -> Expr:
+    """0 where nothing comes from above: a row that no pair keeps may hold NaN."""
+    if not contains(gradient, lambda node: isinstance(node, Element | Load) and not _is_upstream(node)):
+        return gradient
+    above = Reduce("sum", Apply("abs", (upstream,)), Constant(width))
+    return Apply("where", (Apply("eq", (above, Constant(0.0))), Constant(0.0), gradient))
+
+
+def _is_upstream(node: Expr) -> bool:
+    return isinstance(node, Element) and node.upstream
 
 
 def _sum(terms: Iterator[Expr]) -> Expr:
