@@ -38,7 +38,7 @@ def stages_of(plan: PairsPlan) -> list[tuple[tuple[Binding, ...], tuple[Expr, ..
         found += [(stage.bindings, (stage.value,)) for stage in (plan.score, plan.weight) if stage is not None]
     else:
         found.append((plan.pair.bindings, plan.pair.values))
-    return found if plan.mask is None else [*found, (plan.mask.bindings, (plan.mask.value,))]
+    return [*found, *((stage.bindings, (stage.value,)) for stage in (plan.dropout, plan.mask) if stage is not None)]
 
 
 def expressions_of(plan: KernelPlan, row_levels: RowLevels | None) -> list[Expr]:
