@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from attncc.build import sources_of
+from attncc.build import backward_sources_of, sources_of
 from attncc.ir.nodes import (
     Apply,
     Attention,
@@ -22,9 +22,11 @@ from attncc.ir.nodes import (
     TensorParameter,
     identity_row,
 )
-from attncc.plan.nodes import Specialization, Target
+from attncc.plan.nodes import BackwardProgram, Specialization, Target
 from attncc.runtime import cache
 from attncc.runtime.arguments import DTYPES, Bound, Signature
+from attncc.runtime.backward import CompiledBackward, compile_backward
+from attncc.runtime.captured import captured_gradients
 from attncc.runtime.cpp_toolchain import ARCHS, native_arch
 from attncc.runtime.programs import CompiledProgram, compile_program
 
@@ -92,3 +94,38 @@ def bind(
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+_backward: dict[object, tuple[BackwardProgram, CompiledBackward]] = {}
+
+
+def run_backward(
+    spec: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    dlse: Tensor | None = None,
+    inputs: Mapping[str, Tensor | bool | float] | None = None,
+    q_offset: int | None = None,
+    arch: str | None = None,
+) -> dict[str, Tensor]:
+    """The gradients of q, k, v and of captured tensors of floats by the C++ kernels of `spec`, where `do` and `dlse`
+    are those of o and lse."""
+    o, lse = run(spec, q, k, v, inputs, q_offset, arch)
+    total, dtotal = lse, dlse
+    if isinstance(spec.normalizer, Sum) and lse is not None:
+        total = lse.exp()
+        dtotal = None if dlse is None else (dlse / total).where(total != 0, 0.0)
+    bound = bind(spec, q, k, v, inputs, q_offset)
+    wanted = tuple(name for name, tensor in bound.tensors.items() if tensor.is_floating_point())
+    tensors = tuple((p.name, DTYPES[bound.tensors[p.name].dtype]) for p in spec.tensors)
+    specialization = Specialization(DTYPES[q.dtype], q.shape[3], v.shape[3], tensors)
+    key = (spec, specialization, arch)
+    if key not in _backward:
+        program, sources = backward_sources_of(spec, specialization, Target("cpp", arch or native_arch()), wanted)
+        _backward[key] = program, compile_backward(program, sources, cache.folder())
+    program, compiled = _backward[key]
+    found = compiled.run(q, k, v, bound, o, total, do, dtotal)
+    captured = captured_gradients(program, bound, found, total, wanted)
+    return {"q": found.dq, "k": found.dk, "v": found.dv, **captured}
