@@ -139,8 +139,8 @@ def bindings_of(plan: KernelPlan) -> list[tuple[Axis, Binding]]:
     match plan:
         case ForwardPlan() | BackwardPlan():
             levels = ((Axis.NONE, plan.call), (Axis.NONE, plan.head), (Axis.FIRST, plan.row), (Axis.SECOND, plan.key))
-            of_pairs = (plan.score, plan.mask, plan.weight) if isinstance(plan, ForwardPlan) else (plan.pair, plan.mask)
-            tail = [b for value in of_pairs for b in staged(value, Axis.BOTH)]
+            of_value = (plan.score, plan.weight) if isinstance(plan, ForwardPlan) else (plan.pair,)
+            tail = [b for value in (*of_value, plan.mask, plan.dropout) for b in staged(value, Axis.BOTH)]
         case RowsPlan():
             levels = (
                 (Axis.NONE, plan.call),
@@ -161,11 +161,12 @@ def expressions_of(plan: KernelPlan) -> list[Expr]:
     values = [binding.value for _, binding in bindings_of(plan)]
     match plan:
         case ForwardPlan():
-            staged = [s.value for s in (plan.score, plan.mask, plan.weight) if s is not None]
+            staged = [s.value for s in (plan.score, plan.mask, plan.weight, plan.dropout) if s is not None]
             return [*values, *staged, *([] if plan.sink is None else [plan.sink])]
         case BackwardPlan():
             places = [adjoint.place for adjoint in plan.adjoints if adjoint.place is not None]
-            return [*values, *plan.pair.values, *places, *([] if plan.mask is None else [plan.mask.value])]
+            staged = [s.value for s in (plan.mask, plan.dropout) if s is not None]
+            return [*values, *plan.pair.values, *places, *staged]
         case RowsPlan():
             return [*values, plan.element.value]
         case TilesPlan():
