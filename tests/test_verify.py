@@ -59,6 +59,19 @@ def test_an_off_by_one_is_found_and_made_small() -> None:
     assert "o[" in failure.message
 
 
+@pytest.mark.parametrize(
+    "is_wrong", [lambda q, o: q.shape[3] > 100, lambda q, o: 64 < q.shape[3] < o.shape[3]], ids=["wide", "unequal"]
+)
+def test_a_mistake_at_wide_rows_is_found(is_wrong: Any) -> None:
+    def wrong(q: Tensor, k: Tensor, o: Tensor, lse: Tensor, _: object) -> tuple[Tensor, Tensor]:
+        return (o + 1 if is_wrong(q, o) else o), lse
+
+    for dtype in ("f32", "bf16"):
+        failure = run(WINDOW, wrong, dtypes=(dtype,), examples=60).failure
+        assert failure is not None
+        assert failure.case.sizes.D > 64
+
+
 def test_a_wrong_lse_is_found() -> None:
     failure = run(WINDOW, lambda q, k, o, lse, _: (o, lse + 0.01)).failure
     assert failure is not None
