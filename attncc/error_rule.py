@@ -18,8 +18,12 @@ from torch import Tensor
 ULPS: dict[torch.dtype, int] = {torch.float64: 16, torch.float32: 16, torch.float16: 2, torch.bfloat16: 2}
 
 
-def compare(name: str, found: Tensor, oracle: Tensor, *plain: Tensor) -> str | None:
-    """What is wrong with `found` by the error rule, or None. All have one shape; `oracle` is float64."""
+def compare(name: str, found: Tensor, oracle: Tensor, *plain: Tensor, terms: Tensor | None = None) -> str | None:
+    """What is wrong with `found` by the error rule, or None. All have one shape; `oracle` is float64.
+
+    terms: for a result that is a difference, what it is taken from. The units in the last place are of the greater of
+    the two: where they cancel to 0 the plain formula is exact by luck, and units of 0 are none.
+    """
     if found.shape != oracle.shape:
         return f"{name} has shape {tuple(found.shape)}, not {tuple(oracle.shape)}"
     wide = found.detach().double().to(oracle.device)
@@ -34,7 +38,10 @@ def compare(name: str, found: Tensor, oracle: Tensor, *plain: Tensor) -> str | N
     # Where the plain formula overflows it sets no standard.
     errors = [(x.double() - oracle).abs().where(finite, 0.0).nan_to_num(nan=0.0, posinf=0.0).max() for x in plain]
     plain_error = torch.stack(errors).max()
-    allowed = 2 * plain_error + ULPS[found.dtype] * ulp(oracle[finite].abs().max(), found.dtype)
+    size = oracle[finite].abs().max()
+    if terms is not None:
+        size = torch.maximum(size, terms[finite].abs().nan_to_num(nan=0.0, posinf=0.0).max())
+    allowed = 2 * plain_error + ULPS[found.dtype] * ulp(size, found.dtype)
     if error.max() <= allowed:
         return None
     at = (error == error.max()).nonzero()[0].tolist()

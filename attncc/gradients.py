@@ -39,8 +39,9 @@ def compare_gradients(
 
     exact = _leaves(q, k, v, inputs, torch.float64)
     of_exact = _arguments(inputs, exact)
-    oracle = evaluate(attention, exact["q"], exact["k"], exact["v"], of_exact, q_offset)[0]
-    oracles = _gradients(oracle, exact, do.double())
+    oracle, lse = evaluate(attention, exact["q"], exact["k"], exact["v"], of_exact, q_offset)
+    oracles = _gradients(oracle, exact, do.double(), keep=True)
+    terms = _gradients(undivided(oracle, lse), exact, do.double())
 
     plain = _leaves(q, k, v, inputs, None)
     # Captured floats are widened before anything is computed of them, as in a kernel.
@@ -49,10 +50,19 @@ def compare_gradients(
     plains = _gradients(formula, plain, do)
 
     for name in found:
-        message = compare(f"d{name}", found[name], oracles[name], plains[name])
+        message = compare(f"d{name}", found[name], oracles[name], plains[name], terms=terms[name])
         if message is not None:
             return message
     return None
+
+
+def undivided(o: Tensor, lse: Tensor | None) -> Tensor:
+    """`o`, as if what its rows are divided by were constant: its gradient is p dp where that of `o` is p (dp - delta),
+    a difference that may be 0 of terms that are not."""
+    if lse is None:
+        return o
+    some = lse.isfinite()
+    return o * torch.exp(torch.where(some, lse - lse.detach(), 0.0))[..., None]
 
 
 def _leaves(q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str, Any], dtype: torch.dtype | None) -> Gradients:
@@ -66,9 +76,9 @@ def _arguments(inputs: Mapping[str, Any], leaves: Gradients) -> dict[str, Any]:
     return {name: leaves.get(name, x) for name, x in inputs.items()}
 
 
-def _gradients(o: Tensor, leaves: Gradients, do: Tensor) -> Gradients:
-    """The gradient of each leaf; zeros where o does not depend on it."""
+def _gradients(o: Tensor, leaves: Gradients, do: Tensor, *, keep: bool = False) -> Gradients:
+    """The gradient of each leaf; zeros where o does not depend on it. keep: the graph is needed once more."""
     if not o.requires_grad:
         return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    found = torch.autograd.grad(o, tuple(leaves.values()), do, materialize_grads=True)
+    found = torch.autograd.grad(o, tuple(leaves.values()), do, retain_graph=keep, materialize_grads=True)
     return dict(zip(leaves, found, strict=True))
