@@ -121,6 +121,8 @@ class Signature:
             raise Mismatch
         if value.shape != self.shape(name, sizes):
             raise Mismatch
+        if torch.compiler.is_dynamo_compiling():  # Operators have no lazy negations among their arguments.
+            return value
         return value.resolve_neg() if value.is_neg() else value
 
     @staticmethod

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import _C, Tensor
@@ -44,34 +46,38 @@ ATTEND = torch.ops.attncc.attend.default
 ATTEND_BACKWARD = torch.ops.attncc.attend_backward.default
 
 
-class Variant(NamedTuple):
+@dataclass(frozen=True)
+class Variant:
     """What the operators know of an attention."""
 
     signature: Signature
     kernels: Kernels
 
 
-_variants: dict[str, Variant] = {}
+# Those that somebody holds, the last one where there are several, and those that were built here.
+_known: WeakValueDictionary[str, Variant] = WeakValueDictionary()
+_built: dict[str, Variant] = {}
 _build: Callable[[str], Variant] | None = None
 
 
 def use_builder(build: Callable[[str], Variant]) -> None:
-    """Tells how to build the variant of a `spec` that this process has not called yet: that of an exported program."""
+    """Tells how to build the variant of a `spec` that nobody in this process holds: that of an exported program."""
     global _build  # noqa: PLW0603
     _build = build
 
 
 def register(spec: str, variant: Variant) -> None:
-    """Lets the operators run `spec` by these kernels from now on."""
-    _variants[spec] = variant
+    """Lets the operators run `spec` by these kernels."""
+    _known[spec] = variant
 
 
 def variant_of(spec: str) -> Variant:
-    """The variant that `spec` names, built where this process has none yet."""
-    if spec not in _variants:
+    """The variant that `spec` names, built where there is none yet."""
+    variant = _known.get(spec)
+    if variant is None:
         assert _build is not None, "attncc.build sets it as it registers the operators"
-        _variants[spec] = _build(spec)
-    return _variants[spec]
+        variant = _known[spec] = _built[spec] = _build(spec)
+    return variant
 
 
 def attend(spec: str, variant: Variant, q: Tensor, k: Tensor, v: Tensor, bound: Bound) -> tuple[Tensor, Tensor]:
@@ -90,13 +96,14 @@ def _bind(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tensors: Sequence[Tensor],
-    ints: Sequence[int],
-    floats: Sequence[float],
+    tensors: Sequence[Tensor] | None,
+    ints: Sequence[int] | None,
+    floats: Sequence[float] | None,
     q_offset: int,
 ) -> Bound:
     """Arguments of an operator as those of a call. They are checked again: an exported program passes what it is
     given, and kernels read memory."""
+    tensors, ints, floats = (xs or () for xs in (tensors, ints, floats))  # AOTInductor has None for an empty list
     inputs: dict[str, Any] = {p.name: tensor for p, tensor in zip(signature.tensors, tensors, strict=True)}
     exact = [p for p in signature.scalars if p.kind is not Kind.FLOAT]
     inputs |= {p.name: number for p, number in zip(exact, ints, strict=True)}
@@ -115,7 +122,8 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _attend(spec: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    signature, kernels = variant_of(spec)
+    variant = variant_of(spec)
+    signature, kernels = variant.signature, variant.kernels
     # A mode that changes what `torch.empty` means is no matter to the memory that kernels write to.
     with _C.DisableTorchFunction():
         o, total = kernels.forward(q, k, v, _bind(signature, q, k, v, *rest), True)
@@ -123,7 +131,8 @@ def _attend(spec: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Ten
 
 
 def _attend_fake(spec: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    signature, kernels = variant_of(spec)
+    variant = variant_of(spec)
+    signature, kernels = variant.signature, variant.kernels
     sizes = _bind(signature, q, k, v, *rest).sizes
     o = q.new_empty((sizes.B, sizes.H, sizes.M, sizes.E))
     divides = not isinstance(kernels.attention.normalizer, Elementwise)
@@ -131,7 +140,8 @@ def _attend_fake(spec: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tupl
 
 
 def _backward(spec: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
-    signature, kernels = variant_of(spec)
+    variant = variant_of(spec)
+    signature, kernels = variant.signature, variant.kernels
     *arguments, o, total, do, dtotal, wanted = rest
     with _C.DisableTorchFunction():
         bound = _bind(signature, q, k, v, *arguments)
@@ -224,15 +234,15 @@ def _no_derivative(spec: str, kind: str) -> CallError:
 
 
 def _attend_autograd(
-    keys: Any, spec: str, q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], *numbers: Any
+    keys: Any, spec: str, q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor] | None, *numbers: Any
 ) -> tuple[Tensor, Tensor]:
     with _at_one_level():
         below = keys & _C._after_autograd_keyset
-        return _Attend.apply(below, (spec, *numbers), q, k, v, *tensors)  # type: ignore[attr-defined]
+        return _Attend.apply(below, (spec, *numbers), q, k, v, *(tensors or ()))  # type: ignore[attr-defined]
 
 
 def _backward_autograd(
-    keys: Any, spec: str, q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], *rest: Any
+    keys: Any, spec: str, q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor] | None, *rest: Any
 ) -> list[Tensor]:
     def compute() -> list[Tensor]:
         with _C._AutoDispatchBelowAutograd():
@@ -242,7 +252,7 @@ def _backward_autograd(
         return compute()
     results = [x for x in rest if isinstance(x, Tensor)]
     with _at_one_level():
-        return list(_Backward.apply(compute, spec, q, k, v, *tensors, *results))  # type: ignore[attr-defined]
+        return list(_Backward.apply(compute, spec, q, k, v, *(tensors or ()), *results))  # type: ignore[attr-defined]
 
 
 def _at_one_level() -> contextlib.AbstractContextManager[None]:
