@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attncc.check.modules import self_contained
 from attncc.diagnostics import CallError, SpecError
 from attncc.emit.families import BACKENDS, template_folders
 from attncc.errors import CannotReadSpec, PassedByPosition
@@ -79,7 +78,10 @@ def _recipe(
     constants: Mapping[str, bool | int | float],
 ) -> str:
     """A text that says what to build, to any process that has the same folders of templates."""
-    source = self_contained(source) if "use" in source.text else source
+    if "use" in source.text:
+        from attncc.check.modules import self_contained
+
+        source = self_contained(source)
     parts = {
         "file": source.name,
         "text": source.text,

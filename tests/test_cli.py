@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
@@ -108,6 +109,19 @@ def test_build_cpp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["build", CAUSAL, "--target", "cpp", "--head-dim", "8", "-o", str(tmp_path)]) == 0
     assert "causal_forward" in capsys.readouterr().out
     assert list(tmp_path.glob("causal_forward*.so"))
+
+
+@pytest.mark.parametrize("target", ["cpp", "triton:sm_90"])
+def test_build_on_a_full_disk(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("compile_kernel", "compile_ahead"):
+        monkeypatch.setattr(f"attncc.commands.compiling.{name}", full)
+    assert main(["build", CAUSAL, "--target", target, "-o", str(tmp_path)]) == 1
+    assert f"error[A0632]: cannot write {tmp_path}: no space left on device" in capsys.readouterr().err
 
 
 @pytest.mark.slow

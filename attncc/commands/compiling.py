@@ -7,10 +7,10 @@ from pathlib import Path
 
 from attncc.build import read
 from attncc.commands.common import Loaded, load
-from attncc.commands.output import say, write
+from attncc.commands.output import reason, say, write
 from attncc.commands.tree import dump
 from attncc.diagnostics import CallError
-from attncc.errors import SeveralFiles
+from attncc.errors import CannotWrite, SeveralFiles
 from attncc.inputs import element_type
 from attncc.ir.text import to_text
 from attncc.ir.types import DType
@@ -85,11 +85,16 @@ def build(arguments: argparse.Namespace) -> int:
     folder: Path = arguments.output
     write(folder / f"{loaded.attention.name}_run.py", launcher)
     for plan, source in zip(program.kernels, sources, strict=True):
-        if target.backend == "cpp":
-            print(f"{plan.name}: {compile_kernel(plan, source, folder).path}")
-            continue
-        for function, resources in compile_ahead(plan, source, target.arch, out=folder).items():
-            print(f"{function}: {_text(resources)}")
+        try:
+            if target.backend == "cpp":
+                print(f"{plan.name}: {compile_kernel(plan, source, folder).path}")
+                continue
+            for function, resources in compile_ahead(plan, source, target.arch, out=folder).items():
+                print(f"{function}: {_text(resources)}")
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # a full disk, for one
+            raise CallError(CannotWrite(None, str(folder), reason(error))) from error
     print(f"written to {folder}")
     return 0
 
