@@ -188,6 +188,10 @@ def argument_fields(plan: KernelPlan) -> tuple[Field, ...]:
                 _operand("v", f"const {element}", "(B, HKV, N, E)"),
                 _operand("o", element, "(B, H, M, E)"),
                 Field(f"{real}* lse;", "(B, H, M), contiguous, or null", (("lse", "Q"),)),
+                *(
+                    Field(f"{real}* {name};", "(B, H, M), contiguous", ((name, "Q"),))
+                    for name in (("row_max", "entropy") if plan.statistics else ())
+                ),
                 *_call_fields(plan),
                 *(
                     Field(f"{table_type(s)} summary_{i};", "", _table_slots(i))
@@ -318,7 +322,7 @@ _KEYWORDS = frozenset(
 # Names of `argument_fields`, and those that templates put together.
 _FIELDS = frozenset(
     """
-    q k v o x y g lse d_o total dtotal dq dk dv delta B H HKV M N q_offset num_threads
+    q k v o x y g lse row_max entropy d_o total dtotal dq dk dv delta B H HKV M N q_offset num_threads
     list_offsets list_entries list_stride_b list_stride_h list_counted
     """.split()
 )

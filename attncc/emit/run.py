@@ -55,7 +55,8 @@ def cpp_arguments(program: Program, plan: KernelPlan) -> list[str]:
 def _operands(plan: KernelPlan) -> dict[str, str]:
     if isinstance(plan, RowsPlan):
         return {"x": _operand(plan.row), "y": f"{plan.row}_rows.data_ptr()"}
-    return {name: _operand(name) for name in "qkvo"} | {"lse": "0 if lse is None else lse.data_ptr()"}
+    statistics = {name: f"{name}.data_ptr()" for name in ("row_max", "entropy")}
+    return {name: _operand(name) for name in "qkvo"} | {"lse": "0 if lse is None else lse.data_ptr()"} | statistics
 
 
 def _operand(name: str) -> str:

@@ -221,7 +221,7 @@ def _plan_forward(attention: Attention, specialization: Specialization, target: 
         used += [] if staged is None else [staged.value, *(b.value for b in staged.bindings)]
     return ForwardPlan(
         kernel="forward",
-        name=f"{attention.name}_forward",
+        name=f"{attention.name}_{'statistics_' if specialization.statistics else ''}forward",
         spec=attention,
         target=target,
         dtype=specialization.dtype,
