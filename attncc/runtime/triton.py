@@ -96,12 +96,14 @@ class ForwardKernel:
         tensors: Captured,
         scalars: Scalars,
         tables: Tables = NO_TABLES,
+        statistics: Sequence[Tensor] = (),
     ) -> None:
-        """Writes o (any strides, last axis contiguous) and lse (contiguous). No size but N may be 0."""
+        """Writes o (any strides, last axis contiguous) and lse (contiguous), and the greatest score and the entropy of
+        each row where the plan has them. No size but N may be 0."""
         operands = (q, k, v, o)
         row = sizes.HKV * sizes.N * (sizes.D + sizes.E) * q.element_size() // max(sizes.HKV, 1)
         heads_per_section = max(1, _SECTION_BYTES // max(row, 1))
-        arguments: list[Any] = [*operands] if lse is None else [*operands, lse]
+        arguments: list[Any] = [*operands] if lse is None else [*operands, lse, *statistics]
         for operand in operands:
             arguments += operand.stride()[:3]
         arguments += size_arguments(sizes, q_offset)

@@ -149,7 +149,8 @@ def _forward_fields(plan: ForwardPlan) -> Iterator[Field]:
     pointer = f"*{TYPES[plan.dtype]}"
     yield from (Field(name, pointer, Role.OPERAND) for name in "qkvo")
     if plan.normalizer != "none":
-        yield Field("lse", "*fp64" if plan.dtype is DType.F64 else "*fp32")
+        names = ("lse", "row_max", "entropy") if plan.statistics else ("lse",)
+        yield from (Field(name, "*fp64" if plan.dtype is DType.F64 else "*fp32") for name in names)
     packed = {"k": plan.head_dim_qk, "v": plan.head_dim_v}
     for operand, row in zip("qkvo", "mnnm", strict=True):
         yield Field(f"stride_{operand}b", "i64", Role.OUTER_STRIDE)
