@@ -33,15 +33,15 @@ _KERNEL_NAMES = """
     i begin end count entry partial list_offsets list_tiles list_counts list_stride_b list_stride_h list_row
     table value values live full place
     do upstream dq dk dv total dtotal delta strange_programs STRANGE DTOTAL LOG2_E
-    do_start do_head q_head at_m total_m delta_m share_m dtotal_m dp df ds tiles_n shift out_start upstream_rows
-    column upper turned member
+    do_start do_head q_head total_start delta_start at_m total_m delta_m share_m dtotal_m dp df ds
+    tiles_n shift out_start upstream_rows column upper turned member
 """
 _NUMBERED = re.compile(
     r"attn_\w+"
     r"|summary_\d\w*"
     r"|\w+_(?:stride|size)_\d+"
     r"|stride_\w+"
-    r"|(?:q_tile|k_tile|v_tile|o_tile|do_tile|q_finite|k_finite|do_finite|acc|dq_acc|dk_acc|dv_acc|adjoint|sum|part|offs_d|offs_e|first|last|full_first|full_last|lo|hi|full_lo|full_hi)_?\d*"
+    r"|(?:q_tile|k_tile|v_tile|o_tile|do_tile|acc|dq_acc|dk_acc|dv_acc|adjoint|sum|part|offs_d|offs_e|first|last|full_first|full_last|lo|hi|full_lo|full_hi)_?\d*"
 )
 RESERVED = frozenset({*_KERNEL_NAMES.split(), *keyword.kwlist})
 

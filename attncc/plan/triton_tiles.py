@@ -76,6 +76,28 @@ _DOUBLE: tuple[tuple[_Shape, ...], ...] = (
     ((32, 16, 8, 1), (16, 16, 8, 1)),
     ((16, 16, 8, 1),),
 )
+# Of the kernel of dq, and of that of dk and dv, per target and width; compiled ahead of time like the others.
+_HALF_BACKWARD: dict[str, tuple[tuple[_Shape, _Shape], ...]] = {
+    "sm_80": (((64, 64, 4, 2), (64, 64, 4, 2)), ((64, 32, 4, 2), (32, 64, 4, 2)), ((32, 32, 8, 1), (32, 32, 8, 1))),
+    "sm_90": (((128, 64, 8, 2), (64, 128, 8, 2)), ((128, 64, 8, 2), (32, 128, 8, 2)), ((64, 32, 8, 1), (32, 64, 8, 1))),
+    "sm_100": (
+        ((128, 64, 8, 2), (64, 128, 8, 2)),
+        ((128, 64, 8, 2), (64, 128, 8, 2)),
+        ((64, 32, 8, 1), (32, 64, 8, 1)),
+    ),
+    "gfx942": (((64, 64, 4, 1), (64, 64, 4, 1)), ((64, 32, 4, 1), (32, 64, 4, 1)), ((32, 32, 8, 1), (32, 32, 8, 1))),
+}
+_SINGLE_BACKWARD: tuple[tuple[_Shape, _Shape], ...] = (
+    ((32, 32, 8, 1), (32, 32, 8, 1)),
+    ((16, 32, 8, 1), (16, 32, 8, 1)),
+    ((16, 16, 8, 1), (16, 16, 8, 1)),
+)
+_DOUBLE_BACKWARD: tuple[tuple[_Shape, _Shape], ...] = (
+    ((32, 16, 8, 1), (16, 32, 8, 1)),
+    ((16, 16, 8, 1), (16, 16, 8, 1)),
+    ((16, 16, 8, 1), (16, 16, 8, 1)),
+)
+_LAST_BACKWARD: tuple[_Shape, _Shape] = ((16, 16, 8, 1), (16, 16, 8, 1))
 _LAST_RESORTS: tuple[_Shape, ...] = ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1))
 
 
@@ -154,9 +176,10 @@ def power_of_two(size: int) -> int:
 
 
 def choose_backward_tiles(arch: str, dtype: DType, head_dim_qk: int, head_dim_v: int) -> tuple[TritonTile, TritonTile]:
-    """The tiles of the kernels of dq, and of dk and dv."""
+    """The tiles of the kernels of dq, and of dk and dv: of those that fit, the first."""
     if arch == "interpret":
         return INTERPRET, INTERPRET
-    if dtype in (DType.F32, DType.F64):
-        return TritonTile(32, 32, 8, 1), TritonTile(32, 32, 8, 1)
-    return TritonTile(128, 64, 8, 2), TritonTile(64, 128, 8, 2)
+    width = max(head_dim_qk, head_dim_v)
+    lists = {DType.F32: _SINGLE_BACKWARD, DType.F64: _DOUBLE_BACKWARD}.get(dtype, _HALF_BACKWARD[arch])
+    tiles = next((shapes for limit, shapes in zip(_WIDTHS, lists, strict=True) if width <= limit), _LAST_BACKWARD)
+    return TritonTile(*tiles[0]), TritonTile(*tiles[1])

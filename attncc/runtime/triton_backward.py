@@ -1,6 +1,6 @@
 """Backward passes on Triton: which kernel is launched with what, in which order.
 
-    transforms of rows ─▶ tables of tiles ─▶ delta ─▶ dk and dv, dq, sums along diagonals ─▶ through the transforms
+transforms of rows ─▶ tables of tiles ─▶ delta ─▶ dk and dv, dq, sums along diagonals ─▶ through the transforms
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ class TritonBackward:
 
     def __init__(self, program: BackwardProgram, sources: Sequence[str], folder: Path) -> None:
         modules = {
-            plan.name: LoadedModule(plan, source, folder)
-            for plan, source in zip(program.kernels, sources, strict=True)
+            plan.name: LoadedModule(plan, source, folder) for plan, source in zip(program.kernels, sources, strict=True)
         }
 
         def rows(plan: RowsPlan) -> RowsKernel:
@@ -145,8 +144,7 @@ class BackwardKernels:
         sizes = pairs.sizes
         dk, dv = (_empty(pairs.q, sizes.B, sizes.HKV, sizes.N, width) for width in (sizes.D, sizes.E))
         sums = {
-            number: _empty(pairs.q, sizes.B, sizes.H, sizes.N, dtype=pairs.wide)
-            for number, _ in self._adjoints("dkdv")
+            number: _empty(pairs.q, sizes.B, sizes.H, sizes.N, dtype=pairs.wide) for number, _ in self._adjoints("dkdv")
         }
         programs = sizes.B * sizes.HKV * -(-sizes.N // self.block_n)
         self._run_twice("dkdv", programs, pairs, (dk, dv), [*sums.values()], _table_arguments(tables))

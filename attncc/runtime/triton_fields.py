@@ -1,7 +1,7 @@
 """What the functions of a generated Triton module take, in order: the contract between templates and launchers.
 
-A module has one function for a `forward` or `rows` plan, and several for `tiles` and `backward`. Their parameters are named here as in
-the templates; a template from outside has to keep to them, which loading checks.
+A module has one function for a `forward` or `rows` plan, and several for `tiles` and `backward`. Their parameters are
+named here as in the templates; a template from outside has to keep to them, which loading checks.
 """
 
 from __future__ import annotations
