@@ -99,7 +99,14 @@ def test_cpp_has_the_same_bits(arguments: tuple[Expr, ...], dtype: torch.dtype, 
     seed, shift = -123456789, -(2**31)
     found, _ = run(spec, q, k, v, {"seed": seed, "shift": shift}, arch=arch)
     b, h, q_idx, kv_idx = torch.meshgrid(*map(torch.arange, (2, 3, m, n)), indexing="ij")
-    at = {Index("b"): b, Index("h"): h, Q: q_idx + n - m, KV: kv_idx, SEED: torch.tensor(seed), SHIFT: torch.tensor(shift)}
+    at = {
+        Index("b"): b,
+        Index("h"): h,
+        Q: q_idx + n - m,
+        KV: kv_idx,
+        SEED: torch.tensor(seed),
+        SHIFT: torch.tensor(shift),
+    }
 
     def meaning(expr: Expr) -> Tensor:
         match expr:

@@ -21,7 +21,9 @@ CONSTANTS = {"inf": math.inf, "pi": math.pi}
 WORLD = frozenset((*COORDINATES, *SIZES, *ROWS, *HOLES, *CONSTANTS))
 
 # Arguments that every call has, or will have, besides those of its spec.
-CALL_ARGUMENTS = frozenset(("q_offset", "return_lse", "out", "dropout_p", "seed", "initial_state", "return_state"))
+CALL_ARGUMENTS = frozenset(
+    ("q_offset", "return_lse", "out", "dropout_p", "seed", "stats", "initial_state", "return_state")
+)
 
 # Clauses of forms that this version does not compile, with what to do instead.
 LATER_CLAUSES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,16 @@ from attncc import reference
 from attncc.diagnostics import CallError
 from attncc.explain import explain
 from attncc.ir.nodes import Attention, Elementwise, Sum
+from attncc.passes.columns import column_sums
+from attncc.passes.dropout import with_dropout
 from attncc.plan.nodes import Specialization, Target
-from attncc.runtime.arguments import DTYPES, Mismatch, Signature, preferred_dtype
+from attncc.runtime.arguments import DTYPES, Bound, Mismatch, Signature, preferred_dtype
+from attncc.runtime.dropout import bind_dropout, recipe_with_dropout
 from attncc.runtime.errors import NoLse
 from attncc.runtime.kernels import Kernels, MakeBackwardSources, MakeSources, Sources
 from attncc.runtime.operator import Variant, attend, register
 from attncc.runtime.refusals import by_position, reads_outside, refuse
+from attncc.runtime.statistics import bind_statistics, of_columns
 from attncc.runtime.tracing import cast_by_autocast, is_followed
 
 
@@ -48,6 +53,7 @@ class CompiledAttention:
         self._signature = Signature(attention)
         self.kernels = Kernels(attention, target, templates, make_sources, make_backward_sources)
         self.variant = Variant(self._signature, self.kernels)
+        register(recipe, self.variant)
         self._has_lse = not isinstance(attention.normalizer, Elementwise)
         self._divides_by_sum = isinstance(attention.normalizer, Sum)
 
@@ -67,13 +73,18 @@ class CompiledAttention:
         *extra: Any,
         q_offset: int | None = None,
         return_lse: bool = False,
+        dropout_p: float = 0.0,
+        seed: int | None = None,
+        stats: Sequence[str] = (),
         **inputs: Any,
     ) -> Any:
         """Attention of q (B, H, M, D) over k (B, HKV, N, D) and v (B, HKV, N, E): o (B, H, M, E) in their dtype.
 
         inputs: the tensors and run-time scalars of the specification. q_offset: the position of query row 0; N - M if
         not given. return_lse: also the natural logarithm of what each row's weights were divided by, (B, H, M), f32
-        (f64 for f64).
+        (f64 for f64). dropout_p: the probability that a weight is dropped, by the random numbers of `seed`; without one
+        it is drawn from PyTorch's generator. stats: last of all a dictionary of what it names: "max", the greatest
+        score of each row, and "entropy" of its weights (B, H, M), "column_sums" of all weights (B, H, N).
 
         Raises CallError for arguments that do not fit, BuildError where no kernel can be made of it here.
         """
@@ -86,15 +97,63 @@ class CompiledAttention:
             raise refuse(self._signature, {"q": q, "k": k, "v": v}, q_offset, inputs) from None
         if return_lse and not self._has_lse:
             raise CallError(NoLse(None, self.attention.name))
+        variant, recipe = self.variant, self.recipe
+        if dropout_p != 0.0 and (drawn := bind_dropout(dropout_p, seed)):
+            variant, recipe = self.dropped
+            bound = bound._replace(scalars={**bound.scalars, **drawn})
+        if stats:
+            return self._with_statistics(variant, recipe, q, k, v, bound, return_lse, stats)
         if is_followed(q, k, v, bound):
-            register(self.recipe, self.variant)
-            o, lse = attend(self.recipe, self.variant, q, k, v, bound)
+            o, lse = attend(recipe, variant, q, k, v, bound)
         else:
-            o, lse = self.kernels.forward(q, k, v, bound, return_lse)
+            o, lse = variant.kernels.forward(q, k, v, bound, return_lse)
         if not return_lse:
             return o
         # A kernel of `normalize = sum` gives the sum itself.
         return o, lse.log() if self._divides_by_sum and lse is not None else lse
+
+    def _with_statistics(
+        self,
+        variant: Variant,
+        recipe: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bound: Bound,
+        return_lse: bool,
+        stats: Sequence[str],
+    ) -> Any:
+        """What a call returns that asks for statistics."""
+        names = bind_statistics(self.attention, stats)
+        followed = is_followed(q, k, v, bound)
+        of_rows = "max" in names or "entropy" in names
+        result: tuple[Tensor, Tensor | None] | None = None
+        if followed:
+            result = attend(recipe, variant, q, k, v, bound)
+        found: dict[str, Tensor] = {}
+        with torch.no_grad():
+            if of_rows:
+                o, lse, found["max"], found["entropy"] = variant.kernels.statistics(q, k, v, bound)
+                result = result or (o, lse)
+            result = result or variant.kernels.forward(q, k, v, bound, True)
+            o, lse = result
+            if "column_sums" in names:
+                assert lse is not None
+                found["column_sums"] = of_columns(self._columns, q, k, bound, lse)
+        statistics = {name: found[name] for name in names}
+        return (o, lse, statistics) if return_lse else (o, statistics)
+
+    @functools.cached_property
+    def dropped(self) -> tuple[Variant, str]:
+        """The same with dropout, and its recipe."""
+        attention = with_dropout(self.attention)
+        variant, recipe = Variant(Signature(attention), self.kernels.of(attention)), recipe_with_dropout(self.recipe)
+        register(recipe, variant)
+        return variant, recipe
+
+    @functools.cached_property
+    def _columns(self) -> Kernels:
+        return self.kernels.of(column_sums(self.attention))
 
     def reference(
         self,
@@ -105,6 +164,8 @@ class CompiledAttention:
         *extra: Any,
         q_offset: int | None = None,
         return_lse: bool = False,
+        dropout_p: float = 0.0,
+        seed: int | None = None,
         **inputs: Any,
     ) -> Any:
         """The same in float64, interpreted: the oracle. Arguments as for a call; memory is quadratic.
@@ -119,8 +180,12 @@ class CompiledAttention:
             raise refuse(self._signature, {"q": q, "k": k, "v": v}, q_offset, inputs) from None
         if return_lse and not self._has_lse:
             raise CallError(NoLse(None, self.attention.name))
+        attention = self.attention
+        if dropout_p != 0.0 and (drawn := bind_dropout(dropout_p, seed)):
+            attention = with_dropout(attention)
+            bound = bound._replace(scalars={**bound.scalars, **drawn})
         try:
-            o, lse = reference.evaluate(self.attention, q, k, v, bound.inputs, bound.q_offset)
+            o, lse = reference.evaluate(attention, q, k, v, bound.inputs, bound.q_offset)
         except reference.OutOfRange as error:
             raise CallError(reads_outside(error)) from error
         return (o, lse) if return_lse else o

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -69,6 +70,10 @@ class Kernels:
         self._backward: dict[object, tuple[BackwardProgram, CompiledBackward]] = {}
         self._lock = threading.Lock()
 
+    def of(self, attention: Attention) -> Kernels:
+        """Kernels of another attention, made for the same target from the same templates."""
+        return Kernels(attention, self.target, self.templates, self._make_sources, self._make_backward_sources)
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, bound: Bound, return_total: bool
     ) -> tuple[Tensor, Tensor | None]:
@@ -79,7 +84,17 @@ class Kernels:
         program = self._forward.get(key)
         if program is None:
             program = self._compile(key, q, bound)
-        return program.run(q, k, v, bound, return_total)
+        o, total, *_ = program.run(q, k, v, bound, return_total)
+        return o, total
+
+    def statistics(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """o and lse as `forward` gives them, with the greatest score and the entropy of each row (B, H, M). Of softmax."""
+        sizes = bound.sizes
+        key = ("statistics", q.dtype, sizes.D, sizes.E, q.device, *[x.dtype for x in bound.tensors.values()])
+        program = self._forward.get(key) or self._compile(key, q, bound, statistics=True)
+        o, lse, row_max, entropy = program.run(q, k, v, bound, True)
+        assert lse is not None
+        return o, lse, row_max, entropy
 
     def backward(
         self,
@@ -128,8 +143,8 @@ class Kernels:
             return parse(self.target, self.templates)
         return resolve(None, torch.device("cpu"), self.templates)
 
-    def _compile(self, key: object, q: Tensor, bound: Bound) -> CompiledProgram:
-        specialization = specialization_of(q, bound)
+    def _compile(self, key: object, q: Tensor, bound: Bound, *, statistics: bool = False) -> CompiledProgram:
+        specialization = replace(specialization_of(q, bound), statistics=statistics)
         with self._lock:
             if key not in self._forward:
                 target = resolve(self.target, q.device, self.templates)

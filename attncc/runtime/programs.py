@@ -24,7 +24,8 @@ from attncc.runtime.cpp import compile_kernel as compile_cpp
 from attncc.runtime.triton import NO_TABLES, ForwardKernel, RowsKernel, TilesKernel
 from attncc.runtime.triton import compile_kernel as compile_triton
 
-Result = tuple[Tensor, Tensor | None]
+# o, total, and where the plan has them the greatest score and the entropy of each row.
+Result = tuple[Tensor, Tensor | None, *tuple[Tensor, ...]]
 
 
 class CompiledProgram(Protocol):
@@ -78,8 +79,12 @@ class TritonProgram:
         if forward.normalizer != "none":
             dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
             lse = torch.empty((sizes.B, sizes.H, sizes.M), dtype=dtype, device=q.device)
+        statistics: tuple[Tensor, ...] = ()
+        if forward.statistics:
+            assert lse is not None
+            statistics = torch.empty_like(lse), torch.empty_like(lse)
         if not o.numel():
-            return o, lse if return_total else None
+            return o, lse if return_total else None, *statistics
         operands = {"q": contiguous(q), "k": contiguous(k), "v": contiguous(v)}
         tensors, scalars = bound.tensors, bound.scalars | {GROUP_SIZE: sizes.H // sizes.HKV}
         inner = sizes
@@ -108,8 +113,9 @@ class TritonProgram:
                         tensors,
                         scalars,
                         tables,
+                        statistics,
                     )
-        return o, lse if return_total else None
+        return o, lse if return_total else None, *statistics
 
 
 def contiguous(x: Tensor) -> Tensor:
