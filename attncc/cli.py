@@ -111,12 +111,14 @@ def parser() -> argparse.ArgumentParser:
     build = add("build", "compile the kernels of a specification ahead of time")
     _spec(build)
     _kernel(build, default_target="cpp")
+    build.add_argument("--backward", action="store_true", help="the kernels of the backward pass instead")
     build.add_argument("-o", "--output", metavar="DIR", type=Path, default=Path("build"), help="folder to write to")
 
     emit = add("emit", "print a stage of the compiler")
     _spec(emit)
     _kernel(emit, default_target="cpp")
     emit.add_argument("--stage", choices=("ast", "ir", "plan", "source"), default="source")
+    emit.add_argument("--backward", action="store_true", help="plan or source of the backward pass instead")
     emit.add_argument("--standalone", action="store_true", help="source that runs where attncc is not installed")
     emit.add_argument("-o", "--output", metavar="PATH", type=Path, help="file (a folder with --standalone) to write to")
 

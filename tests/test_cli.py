@@ -77,6 +77,19 @@ def test_emit_source_for_a_target(target: str, word: str, capsys: pytest.Capture
     assert word in out or target == "cpp"
 
 
+def test_emit_the_backward_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["emit", ALIBI, "--backward"]) == 0
+    assert capsys.readouterr().out.startswith("// alibi_backward: ")
+    assert main(["emit", ALIBI, "--backward", "--stage", "plan"]) == 0
+    assert "part = slope[h]" in capsys.readouterr().out
+
+
+def test_build_the_backward_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", ALIBI, "--backward", "--head-dim", "8", "-o", str(tmp_path)]) == 0
+    assert "alibi_backward: " in capsys.readouterr().out
+    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".cpp", ".so"]
+
+
 def test_emit_standalone(tmp_path: Path) -> None:
     assert main(["emit", ALIBI, "--standalone", "--head-dim", "8", "-o", str(tmp_path)]) == 0
     program = f"""
@@ -220,6 +233,7 @@ def test_mistakes_are_explained(arguments: list[str], message: str, capsys: pyte
         ["explain", CAUSAL, "--png", "a.png", "--input", "in.safetensors", "--shape", "1,1,1,4,4,8"],
         ["explain", CAUSAL, "--png", "a.png", "--head-dim", "64"],
         ["explain", CAUSAL, "--input", "in.safetensors"],
+        ["emit", CAUSAL, "--backward", "--standalone"],
         ["explain", CAUSAL, "--head", "0"],
         ["explain", CAUSAL, "--png", "a.png", "--head", "-1"],
     ],

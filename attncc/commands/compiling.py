@@ -13,8 +13,8 @@ from attncc.diagnostics import CallError
 from attncc.errors import CannotWrite, SeveralFiles
 from attncc.inputs import element_type
 from attncc.ir.text import to_text
-from attncc.ir.types import DType
-from attncc.plan.nodes import Specialization, Target
+from attncc.ir.types import DType, Kind
+from attncc.plan.nodes import BackwardProgram, Program, Specialization, Target
 from attncc.runtime.arguments import TORCH_DTYPES
 from attncc.runtime.call import CompiledAttention
 from attncc.runtime.cpp import compile_kernel
@@ -26,6 +26,8 @@ from attncc.syntax import parse
 def emit(arguments: argparse.Namespace) -> int:
     """Prints a stage, or writes it to the file that -o names."""
     loaded = load(arguments.file, arguments.name, dict(arguments.set))
+    if arguments.standalone and arguments.backward:
+        arguments.refuse("--standalone writes forward kernels only: leave out --backward")
     if arguments.standalone:
         from attncc.standalone import describe, standalone, widest_ints
 
@@ -50,8 +52,19 @@ def _stage(stage: str, loaded: Loaded, arguments: argparse.Namespace) -> str:
             return to_text(loaded.attention)
         case _:
             attn, specialization, target = chosen(loaded, arguments)
-            program, sources, _ = attn.sources(specialization, target)
+            program, sources = _compiled(attn, specialization, target, backward=arguments.backward)
             return dump(program) if stage == "plan" else "\n".join(sources)
+
+
+def _compiled(
+    attn: CompiledAttention, specialization: Specialization, target: Target, *, backward: bool
+) -> tuple[Program | BackwardProgram, tuple[str, ...]]:
+    """The plans of a pass and their sources; backward with the gradients of every captured tensor of floats."""
+    if not backward:
+        program, sources, _ = attn.sources(specialization, target)
+        return program, sources
+    learned = tuple(name for name, dtype in specialization.tensors if dtype.kind is Kind.FLOAT)
+    return attn.kernels.backward_sources(specialization, learned, target)
 
 
 def _put(files: dict[str, str], output: Path | None) -> None:
@@ -81,9 +94,10 @@ def build(arguments: argparse.Namespace) -> int:
     """Compiles every kernel into a folder: a shared library for C++, cubin or hsaco with a description for Triton."""
     loaded = load(arguments.file, arguments.name, dict(arguments.set))
     attn, specialization, target = chosen(loaded, arguments)
-    program, sources, launcher = attn.sources(specialization, target)
+    program, sources = _compiled(attn, specialization, target, backward=arguments.backward)
     folder: Path = arguments.output
-    write(folder / f"{loaded.attention.name}_run.py", launcher)
+    if not arguments.backward:
+        write(folder / f"{loaded.attention.name}_run.py", attn.sources(specialization, target)[2])
     for plan, source in zip(program.kernels, sources, strict=True):
         try:
             if target.backend == "cpp":
