@@ -74,5 +74,5 @@ def test_every_variant_is_in_the_table() -> None:
 
 def test_every_make_target_is_explained() -> None:
     text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("help", "setup", "demo", "test", "test-all", "lint", "bench", "gpu"):
+    for target in ("help", "setup", "demo", "test", "test-all", "lint", "train", "bench", "gpu"):
         assert f"make {target} " in text
