@@ -98,7 +98,7 @@ class CompiledAttention:
         if return_lse and not self._has_lse:
             raise CallError(NoLse(None, self.attention.name))
         variant, recipe = self.variant, self.recipe
-        if dropout_p != 0.0 and (drawn := bind_dropout(dropout_p, seed)):
+        if (type(dropout_p) is not float or dropout_p != 0.0) and (drawn := bind_dropout(dropout_p, seed)):
             variant, recipe = self.dropped
             bound = bound._replace(scalars={**bound.scalars, **drawn})
         if stats:
@@ -181,7 +181,7 @@ class CompiledAttention:
         if return_lse and not self._has_lse:
             raise CallError(NoLse(None, self.attention.name))
         attention = self.attention
-        if dropout_p != 0.0 and (drawn := bind_dropout(dropout_p, seed)):
+        if (type(dropout_p) is not float or dropout_p != 0.0) and (drawn := bind_dropout(dropout_p, seed)):
             attention = with_dropout(attention)
             bound = bound._replace(scalars={**bound.scalars, **drawn})
         try:
