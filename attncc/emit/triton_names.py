@@ -29,7 +29,7 @@ _KERNEL_NAMES = """
     start_m start_n row_m row_n rows_m rows_n rows_r offs_m offs_n offs_r q_idx q_lo q_hi kv_lo kv_hi inside
     q_start k_head k_start v_head v_start o_start o_rows x_head x_rows
     qk score keep p m_i l_i m_new alpha sink total lse_i finite strange seen turn sign multiplier
-    row_max entropy row_max_i h_i log2_p log2_sink
+    row_max entropy row_max_i h_i raised log2_p log2_sink
     i begin end count entry partial list_offsets list_tiles list_counts list_stride_b list_stride_h list_row
     table value values live full place
     do upstream dq dk dv total dtotal delta strange_programs STRANGE DTOTAL LOG2_E
