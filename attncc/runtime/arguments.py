@@ -98,7 +98,7 @@ class Signature:
         """The arguments in the form in which kernels take them. Raises `Mismatch` where they do not fit."""
         try:
             sizes = operand_sizes(q, k, v)
-            offset = sizes.N - sizes.M if q_offset is None else python_number(q_offset)
+            offset = python_number(sizes.N - sizes.M if q_offset is None else q_offset)
             if _type(offset) is not int or not -MAX_LENGTH <= offset <= MAX_LENGTH - sizes.M:
                 raise Mismatch
             if not self.scalars and not self.tensors:
