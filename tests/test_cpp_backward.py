@@ -191,7 +191,7 @@ def test_rows_may_lie_anywhere() -> None:
 
 @pytest.mark.parametrize(("heads", "length"), [(1, 1500), (4, 300)])
 def test_results_do_not_depend_on_threads(heads: int, length: int) -> None:
-    names = ("gain", "column", "table")
+    names = ("gain", "column", "table", "plane")
     score: Expr = QK
     for name in names:
         score = op("add", score, load(name, *PLACES[name]))
