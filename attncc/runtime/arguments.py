@@ -156,12 +156,11 @@ def scalar_tensor(parameter: TensorParameter, value: Any, device: torch.device) 
     """A number as the 0-d tensor that `parameter` declares. Raises `Mismatch` for another kind, or one too large."""
     dtype = preferred_dtype(parameter)
     number = python_number(value)
-    if type(number) not in PYTHON_TYPES[dtype.kind]:
+    if _type(number) not in PYTHON_TYPES[dtype.kind]:
         raise Mismatch
-    tensor = torch.tensor(number, dtype=TORCH_DTYPES[dtype])
-    if dtype.kind is Kind.FLOAT and tensor.isinf() and not math.isinf(number):
+    if dtype.kind is Kind.FLOAT and not math.isinf(number) and abs(number) > torch.finfo(TORCH_DTYPES[dtype]).max:
         raise Mismatch
-    return tensor.to(device)
+    return torch.tensor(number, dtype=TORCH_DTYPES[dtype]).to(device)
 
 
 def operand_sizes(q: Tensor, k: Tensor, v: Tensor) -> Sizes:

@@ -83,9 +83,14 @@ def variant_of(spec: str) -> Variant:
 
 def attend(spec: str, variant: Variant, q: Tensor, k: Tensor, v: Tensor, bound: Bound) -> tuple[Tensor, Tensor]:
     """The operator `attend` on arguments that have been bound."""
-    scalars = variant.signature.scalars
-    ints = [bound.scalars[p.name] for p in scalars if p.kind is not Kind.FLOAT]
-    floats = [bound.scalars[p.name] for p in scalars if p.kind is Kind.FLOAT]
+    ints: list[int] = []
+    floats: list[float] = []
+    for parameter in variant.signature.scalars:
+        value: Any = bound.scalars[parameter.name]
+        if parameter.kind is Kind.FLOAT:
+            floats.append(value)
+        else:
+            ints.append(int(value) if parameter.kind is Kind.BOOL else value)
     return ATTEND(spec, q, k, v, list(bound.tensors.values()), ints, floats, bound.q_offset)
 
 
