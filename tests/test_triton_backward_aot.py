@@ -1,4 +1,4 @@
-"""Generated kernels of backward passes compiled ahead of time, never run: `resources/backward.json` has what they take."""
+"""Generated kernels of backward passes compiled ahead of time, and what they take: `resources/backward.json`."""
 
 from __future__ import annotations
 

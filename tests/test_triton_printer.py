@@ -103,8 +103,10 @@ SPECS = [
     "attention a(s: f32[H]):\n    weight = softmax(score, sink=s[h])\n    q = rope(q, q_idx)\n    k = l2norm(k)\n",
     "attention a(g: f32[H]):\n    weight = sigmoid(score + g[h])\n    normalize = sum\n    mask = causal\n",
     "attention a(g: bool[N]):\n    weight = relu(score) ** 2\n    mask = g[kv_idx]\n",
-    "attention a(t: f32[M, 7], u: f32[N], c: f32[2]):\n"
-    "    score = qk * u[kv_idx] + t[q_row, kv_idx % 7] + u[q_idx] + c[clamp(q_idx - kv_idx, 0, 1)]\n    mask = causal\n",
+    """attention a(t: f32[M, 7], u: f32[N], c: f32[2]):
+    score = qk * u[kv_idx] + t[q_row, kv_idx % 7] + u[q_idx] + c[clamp(q_idx - kv_idx, 0, 1)]
+    mask = causal
+""",
 ]
 
 
