@@ -208,6 +208,9 @@ REFUSALS = {
     "lse of weights that are not divided": refusal(
         "sigmoid", "A0612", return_lse=True, words=("`gated` has no lse", "normalize = sum")
     ),
+    "statistics of weights that are no softmax": refusal(
+        "sigmoid", "A0617", stats=("max",), words=("`gated` has no statistics: it is no softmax",)
+    ),
     "rows of width 0": refusal(
         "plain",
         "A0613",
@@ -399,6 +402,7 @@ def test_a_device_without_kernels_is_refused(target: str | None) -> None:
         ("A0613", "plain"),
         ("A0614", "plain"),
         ("A0615", "rates"),
+        ("A0617", "sigmoid"),
     ],
 )
 def test_the_example_of_a_code(code: str, spec: str) -> None:
