@@ -39,21 +39,24 @@ _KERNEL_NAMES = """
 _NUMBERED = re.compile(
     r"attn_\w+"
     r"|summary_\d\w*"
-    r"|\w+_(?:stride|size)_\d+"
     r"|stride_\w+"
     r"|(?:q_tile|k_tile|v_tile|o_tile|do_tile|acc|dq_acc|dk_acc|dv_acc|adjoint|sum|part|offs_d|offs_e|first|last|full_first|full_last|lo|hi|full_lo|full_hi)_?\d*"
 )
+# Those that belong to a captured tensor. A name of this form must not be that of one spelt `of_spec_…`; no name of a
+# specification begins with an underscore.
+_OF_TENSOR = re.compile(r"\w+_(?:stride|size)_\d+")
 RESERVED = frozenset({*_KERNEL_NAMES.split(), *keyword.kwlist})
 
 
 def name_of(name: str) -> str:
     """A name of the specification or of a binding, as a kernel spells it: the kernel's own names come first."""
-    spellings = (name, f"{name}_", f"of_spec_{name}")
+    last = f"of_spec__{name}" if _OF_TENSOR.fullmatch(name) else f"of_spec_{name}"
+    spellings = (name, f"{name}_", last)
     return next(spelt for spelt in spellings if spelt.startswith("of_spec_") or not _taken(spelt))
 
 
 def _taken(name: str) -> bool:
-    if name in RESERVED or _NUMBERED.fullmatch(name):
+    if name in RESERVED or _NUMBERED.fullmatch(name) or _OF_TENSOR.fullmatch(name):
         return True
     # `x_` is how `x` may be spelt.
     return name.endswith("_") and _taken(name[:-1])
