@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import attncc
+from attncc.build import _from_recipe
 from attncc.diagnostics import CallError
 from attncc.eager import eager
 from attncc.error_rule import compare
@@ -203,7 +204,7 @@ def test_checkpointing_draws_the_same_seed_again() -> None:
 
 
 @SLOW
-def test_torch_compile_and_opcheck() -> None:
+def test_torch_compile() -> None:
     attn = built("causal")
     q, k, v = (x.requires_grad_() for x in operands(M=12, N=12))
     compiled = torch.compile(lambda *x, seed: attn(*x, dropout_p=0.5, seed=seed), fullgraph=True)
@@ -211,3 +212,26 @@ def test_torch_compile_and_opcheck() -> None:
         o, plain = compiled(q, k, v, seed=seed), attn(q, k, v, dropout_p=0.5, seed=seed)
         assert torch.equal(o, plain)
         assert torch.equal(torch.autograd.grad(o.sum(), q)[0], torch.autograd.grad(plain.sum(), q)[0])
+
+
+def test_an_exported_program_finds_its_kernels() -> None:
+    """From the recipe alone, in a process that has built nothing."""
+    attn = built("causal")
+    q, k, v = operands()
+    o = attn(q, k, v, **DROPPED)
+    variant, recipe = attn.dropped
+    again = _from_recipe(recipe)
+    assert again.kernels is not variant.kernels
+    bound = again.signature.bind(q, k, v, None, dropout_scalars(DROPPED["dropout_p"], DROPPED["seed"]))
+    assert torch.equal(again.kernels.forward(q, k, v, bound, False)[0], o)
+
+
+def test_transforms_of_functions() -> None:
+    attn = built("causal")
+    q, k, v = operands(B=2)
+
+    def loss(q: Tensor) -> Tensor:
+        return attn(q, k, v, **DROPPED).square().sum()
+
+    leaf = q.clone().requires_grad_()
+    assert torch.equal(torch.func.grad(loss)(q), torch.autograd.grad(loss(leaf), leaf)[0])
