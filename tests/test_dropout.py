@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from call_support import BF16, F16, F32, F64, INTERPRETED, SLOW, SPECS, TARGETS, built, captured, operands
+from cpp_support import NATIVE_ARCHS
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +18,7 @@ from attncc.eager import eager
 from attncc.error_rule import compare
 from attncc.passes.dropout import dropout_scalars, with_dropout
 from attncc.reference import evaluate
+from attncc.runtime.dropout import recipe_with_dropout
 
 DROPPED: dict[str, Any] = {"dropout_p": 0.3, "seed": 5}
 
@@ -64,6 +66,12 @@ def test_cpp(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["causal", "sigmoid", "summed"])
 def test_cpp_in_other_types(name: str, dtype: torch.dtype) -> None:
     assert_by_the_error_rule(name, "cpp", dtype)
+
+
+@pytest.mark.parametrize("arch", NATIVE_ARCHS[1:])
+def test_cpp_for_other_machines(arch: str) -> None:
+    assert_by_the_error_rule("causal", f"cpp:{arch}", F32)
+    assert_by_the_error_rule("causal", f"cpp:{arch}", BF16)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -219,9 +227,7 @@ def test_an_exported_program_finds_its_kernels() -> None:
     attn = built("causal")
     q, k, v = operands()
     o = attn(q, k, v, **DROPPED)
-    variant, recipe = attn.dropped
-    again = _from_recipe(recipe)
-    assert again.kernels is not variant.kernels
+    again = _from_recipe(recipe_with_dropout(attn.recipe))
     bound = again.signature.bind(q, k, v, None, dropout_scalars(DROPPED["dropout_p"], DROPPED["seed"]))
     assert torch.equal(again.kernels.forward(q, k, v, bound, False)[0], o)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from call_support import BF16, F16, F32, F64, INTERPRETED, SPECS, TARGETS, built, captured, operands
+from cpp_support import NATIVE_ARCHS
 from formulas import VARIANTS
 from formulas import Sizes as CallSizes
 from torch import Tensor
@@ -77,6 +78,12 @@ def test_cpp(name: str, dtype: torch.dtype) -> None:
 def test_cpp_in_other_types(dtype: torch.dtype) -> None:
     assert_right("sink", "cpp", dtype)
     assert_right("rows", "cpp", dtype)
+
+
+@pytest.mark.parametrize("arch", NATIVE_ARCHS[1:])
+def test_cpp_for_other_machines(arch: str) -> None:
+    assert_right("sink", f"cpp:{arch}", F32)
+    assert_right("rows", f"cpp:{arch}", BF16)
 
 
 @pytest.mark.parametrize("name", NAMES)
