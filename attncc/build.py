@@ -104,7 +104,7 @@ def _from_recipe(recipe: str) -> Variant:
         templates=parts.get("templates", ()),
         **parts.get("constants", {}),
     )
-    return built.dropped[0] if parts.get("dropout") else built.variant
+    return built.dropped if parts.get("dropout") else built.variant
 
 
 def _keyword_for(value: object, source: Source) -> str:

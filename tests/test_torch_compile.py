@@ -131,6 +131,19 @@ def test_checkpoints_and_transforms_within() -> None:
         assert torch.equal(x, y)
 
 
+def test_dropout() -> None:
+    attn = attncc.build("attention dropping():\n    mask = causal\n")
+
+    def call(q: Tensor, k: Tensor, v: Tensor, seed: int) -> Tensor:
+        return attn(q, k, v, dropout_p=0.5, seed=seed)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    for seed in (1, 2, 2**40):
+        found = gradients(lambda *operand, seed=seed: compiled(*operand, seed), *operands())
+        for x, y in zip(found, gradients(lambda *operand, seed=seed: call(*operand, seed), *operands()), strict=True):
+            assert torch.equal(x, y)
+
+
 def test_gradients_within() -> None:
     q, k, v = operands()
     gradient = torch.func.grad(lambda q: CAUSAL(q, k, v).square().sum())

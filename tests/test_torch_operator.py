@@ -183,6 +183,29 @@ def test_a_default_device_is_no_matter(device: str) -> None:
     assert leaf.grad.device.type == "cpu"
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda q, k, v: torch.vmap(lambda q: CAUSAL(q, k, v, stats=("max",)))(q[None]),
+        lambda q, k, v: CAUSAL(*(x.to("meta") for x in (q, k, v)), stats=("column_sums",)),
+        lambda q, k, v: CAUSAL(TwoTensor(q, q), k, v, stats=("entropy",)),
+    ],
+    ids=["vmap", "meta", "subclass"],
+)
+def test_statistics_of_what_is_not_in_memory(call: Any) -> None:
+    with pytest.raises(CallError) as caught:
+        call(*operands())
+    assert [d.code for d in caught.value.diagnostics] == ["A0618"]
+
+
+def test_statistics_under_a_default_device() -> None:
+    q, k, v = operands()
+    with torch.device("meta"):
+        _, found = CAUSAL(q, k, v, stats=("max", "entropy", "column_sums"))
+    _, exact = CAUSAL(q, k, v, stats=("max", "entropy", "column_sums"))
+    assert all(torch.equal(found[name], exact[name]) for name in exact)
+
+
 def test_dispatch_modes_see_the_operators() -> None:
     seen: list[Any] = []
 

@@ -36,6 +36,7 @@ from attncc.runtime.arguments import Bound, Mismatch, Signature
 from attncc.runtime.errors import NoDerivative
 from attncc.runtime.kernels import Kernels
 from attncc.runtime.refusals import refuse
+from attncc.runtime.tracing import without_modes
 
 _CALL = "str spec, Tensor q, Tensor k, Tensor v, Tensor[] tensors, SymInt[] ints, float[] floats, SymInt q_offset"
 _RESULTS = "Tensor o, Tensor total, Tensor do, Tensor? dtotal, bool[] wanted"
@@ -81,16 +82,15 @@ def variant_of(spec: str) -> Variant:
     return variant
 
 
-def attend(spec: str, variant: Variant, q: Tensor, k: Tensor, v: Tensor, bound: Bound) -> tuple[Tensor, Tensor]:
+def attend(spec: str, q: Tensor, k: Tensor, v: Tensor, bound: Bound) -> tuple[Tensor, Tensor]:
     """The operator `attend` on arguments that have been bound."""
     ints: list[int] = []
     floats: list[float] = []
-    for parameter in variant.signature.scalars:
-        value: Any = bound.scalars[parameter.name]
-        if parameter.kind is Kind.FLOAT:
+    for value in bound.scalars.values():
+        if isinstance(value, float | torch.SymFloat):
             floats.append(value)
         else:
-            ints.append(int(value) if parameter.kind is Kind.BOOL else value)
+            ints.append(int(value) if isinstance(value, bool) else value)
     return ATTEND(spec, q, k, v, list(bound.tensors.values()), ints, floats, bound.q_offset)
 
 
@@ -129,8 +129,7 @@ def _wide(x: Tensor) -> torch.dtype:
 def _attend(spec: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     variant = variant_of(spec)
     signature, kernels = variant.signature, variant.kernels
-    # A mode that changes what `torch.empty` means is no matter to the memory that kernels write to.
-    with _C.DisableTorchFunction():
+    with without_modes():
         o, total = kernels.forward(q, k, v, _bind(signature, q, k, v, *rest), True)
         return o, q.new_empty(0, dtype=_wide(q)) if total is None else total
 
@@ -148,7 +147,7 @@ def _backward(spec: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Te
     variant = variant_of(spec)
     signature, kernels = variant.signature, variant.kernels
     *arguments, o, total, do, dtotal, wanted = rest
-    with _C.DisableTorchFunction():
+    with without_modes():
         bound = _bind(signature, q, k, v, *arguments)
         sizes = bound.sizes
         divides = not isinstance(kernels.attention.normalizer, Elementwise)
