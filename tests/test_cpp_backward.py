@@ -11,6 +11,7 @@ from cpp_support import CAUSAL, KV, NATIVE_ARCHS, QK, B, H, Q, attention, normal
 from error_rule import same_dtype_formula
 from formulas import VARIANTS, Problem, Sizes
 from gradients import Formula, assert_gradients, gradients
+from test_cpp_kernels import Guarded
 from test_examples import SHAPES, path_of
 from torch import Tensor
 
@@ -187,6 +188,17 @@ def test_rows_may_lie_anywhere() -> None:
     again = check_spec(CAUSAL_ONLY, q.contiguous(), k.contiguous(), v.contiguous(), do=do.contiguous())
     assert all(torch.equal(found[name], again[name]) for name in found)
     check_spec(CAUSAL_ONLY, q.flip(0), k, v, do=do[:, :1, :1].expand(2, 3, 37, 16))
+
+
+@DTYPES
+@pytest.mark.parametrize("at_end", [True, False])
+def test_nothing_outside_the_tensors_is_read(at_end: bool, dtype: torch.dtype) -> None:
+    guarded = Guarded()
+    q, k, v = operands(dtype, D=15, E=7)
+    do = normal(1, 2, 37, 7, dtype=dtype, seed=7)
+    expected = run_backward(CAUSAL_ONLY, q, k, v, do)
+    found = run_backward(CAUSAL_ONLY, *(guarded.copy(x, at_end=at_end) for x in (q, k, v, do)))
+    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 @pytest.mark.parametrize(("heads", "length"), [(1, 1500), (4, 300)])
