@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch_support import CAUSAL, EVERYTHING, SPEC, assert_close, gradients, inputs, leaves, operands
 
 import attncc
@@ -148,6 +149,21 @@ def test_gradients_within() -> None:
     q, k, v = operands()
     gradient = torch.func.grad(lambda q: CAUSAL(q, k, v).square().sum())
     assert torch.equal(torch.compile(gradient, fullgraph=True, backend="aot_eager")(q), gradient(q))
+
+
+def test_traced_gradients_in_inference_mode() -> None:
+    captured = inputs()
+
+    def loss(slope: Tensor, cap: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return EVERYTHING(q, k, v, slope=slope, cap=cap, doc=captured["doc"]).square().sum()
+
+    gradient = torch.func.grad(loss, argnums=(0, 1))
+    arguments = (captured["slope"], captured["cap"], *operands())
+    traced = make_fx(gradient)(*arguments)
+    with torch.inference_mode():
+        found = traced(*(x.clone() for x in arguments))
+    for x, y in zip(found, gradient(*arguments), strict=True):
+        assert torch.equal(x, y)
 
 
 def test_a_mistake_is_explained() -> None:

@@ -143,12 +143,15 @@ def _attend_fake(spec: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tupl
     return o, q.new_empty((sizes.B, sizes.H, sizes.M) if divides else 0, dtype=_wide(q))
 
 
-def _backward(spec: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
+def _backward(spec: str, q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor] | None, *rest: Any) -> list[Tensor]:
+    if torch.is_inference_mode_enabled():  # Autograd, which captured tensors go through, takes no tensors of this mode.
+        with torch.inference_mode(mode=False):
+            return _backward(spec, q, k, v, [tensor.clone() for tensor in tensors or ()], *rest)
     variant = variant_of(spec)
     signature, kernels = variant.signature, variant.kernels
-    *arguments, o, total, do, dtotal, wanted = rest
+    *numbers, o, total, do, dtotal, wanted = rest
     with without_modes():
-        bound = _bind(signature, q, k, v, *arguments)
+        bound = _bind(signature, q, k, v, tensors, *numbers)
         sizes = bound.sizes
         divides = not isinstance(kernels.attention.normalizer, Elementwise)
         assert o.shape == do.shape == (sizes.B, sizes.H, sizes.M, sizes.E)
