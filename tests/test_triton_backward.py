@@ -95,7 +95,9 @@ def check_spec(spec: str, dtype: torch.dtype = F32, sizes: Sizes = SIZES, **rest
 
 QUICK_BF16 = {"causal", "softcap", "relative_bias"}
 CASES = [
-    pytest.param(name, dtype, marks=() if dtype is F32 or (dtype is BF16 and name in QUICK_BF16) else SLOW)
+    pytest.param(
+        name, dtype, id=f"{name}-{dtype}", marks=() if dtype is F32 or (dtype is BF16 and name in QUICK_BF16) else SLOW
+    )
     for name in VARIANTS
     for dtype in (F32, BF16, F16, F64)
 ]

@@ -15,7 +15,6 @@ from attncc.emit.render import render
 from attncc.ir.types import DType
 from attncc.plan.backward import plan_backward
 from attncc.plan.nodes import KernelPlan, Specialization, Target
-from attncc.plan.triton_tiles import MACHINES, WITHOUT_F64
 
 TABLE = Path(__file__).parent / "resources" / "backward.json"
 BF16, F16, F32, F64 = DType.BF16, DType.F16, DType.F32, DType.F64
@@ -40,14 +39,14 @@ class BackwardCase(Case):
 
 
 QUICK = [
-    *(BackwardCase("causal", BF16, 64, 64, arch) for arch in MACHINES),
-    *(BackwardCase(spec, BF16, 128, 128, "sm_90") for spec in ("causal", "softcap", "alibi")),
+    BackwardCase("causal", BF16, 64, 64, "sm_90"),
+    BackwardCase("alibi", BF16, 64, 64, "gfx942"),
+    BackwardCase("softcap", BF16, 128, 128, "sm_90"),
 ]
+NAMED = ("full", "causal", "window", "softcap", "alibi")
 GRID = [
-    *(BackwardCase(spec, BF16, width, width, arch) for spec in SPECS for width in (64, 128) for arch in MACHINES),
-    *(BackwardCase("causal", BF16, qk, v, arch) for qk, v in ((1, 3), (72, 40), (256, 256)) for arch in MACHINES),
-    *(BackwardCase("causal", dtype, w, w, arch) for dtype in (F16, F32) for w in (64, 128) for arch in MACHINES),
-    *(BackwardCase("causal", F64, w, w, arch) for w in (64, 128) for arch in MACHINES if arch not in WITHOUT_F64),
+    *(BackwardCase("causal", BF16, 64, 64, arch) for arch in ("sm_80", "gfx942")),
+    *(BackwardCase(spec, BF16, 128, 128, "sm_90") for spec in ("causal", "alibi")),
 ]
 
 
@@ -66,7 +65,7 @@ def test_nothing_spills_on_hopper() -> None:
         name: row["spilled"]
         for name, row in table.items()
         if " sm_90 " in name and (" bf16 " in name or " f16 " in name) and ("64x64" in name or "128x128" in name)
-        if name.split()[0] in ("full", "causal", "window", "softcap", "alibi") and "[STRANGE]" not in name
+        if name.split()[0] in NAMED and "[STRANGE]" not in name
     }
-    assert len(rows) >= 9
+    assert len(rows) > 12
     assert not any(rows.values()), rows
