@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -195,6 +197,18 @@ def test_a_module_trains() -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     assert layer.slope.item() != pytest.approx(0.1)
+
+
+def test_a_module_is_copied_and_stored() -> None:
+    layer = Layer()
+    x = torch.randn(2, 10, 16)
+    twin = copy.deepcopy(layer)
+    assert twin.slope is not layer.slope
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for other in (twin, torch.load(file, weights_only=False)):
+        assert torch.equal(other(x), layer(x))
 
 
 def test_threads() -> None:

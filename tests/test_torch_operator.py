@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ def test_a_recipe_builds_the_same_attention_in_another_process(tmp_path: Path) -
         'use "masks.attn"\nattention other():\n    mask = true\n'
         "attention near_by(reach: const int):\n    mask = near(reach)\n"
     )
-    attn = attncc.build(spec, name="near_by", reach=3, target="cpp:portable")
+    attn = attncc.build(spec, name="near_by", reach=np.int64(3), target="cpp:portable")
     q, k, v = operands()
     torch.save((attn.recipe, q, k, v, attn(q, k, v)), tmp_path / "call.pt")
     for path in tmp_path.glob("*.attn"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,13 @@ class CompiledAttention:
         templates: Sequence[Path],
         make_sources: MakeSources,
         make_backward_sources: MakeBackwardSources,
+        from_recipe: Callable[[str], CompiledAttention],
         recipe: str,
     ) -> None:
         self.attention = attention
         self.text = text
         self.recipe = recipe
+        self._from_recipe = from_recipe
         self._recipe_with_dropout = recipe_with_dropout(recipe)
         self.templates = tuple(templates)
         self._signature = Signature(attention)
@@ -64,6 +66,12 @@ class CompiledAttention:
         arguments = ", ".join(["q, k, v", *(["*", *inputs] if inputs else [])])
         target = "the device of q" if self.kernels.target is None else self.kernels.target
         return f"<CompiledAttention {self.attention.name}({arguments}) for {target}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._from_recipe, (self.recipe,)
+
+    def __deepcopy__(self, memo: object) -> CompiledAttention:
+        return self  # Copies of a module that holds it share its kernels.
 
     def __call__(
         self,
