@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import attncc
-from attncc.build import _from_recipe
+from attncc.build import _variant_of
 from attncc.diagnostics import CallError
 from attncc.eager import eager
 from attncc.error_rule import compare
@@ -227,7 +227,7 @@ def test_an_exported_program_finds_its_kernels() -> None:
     attn = built("causal")
     q, k, v = operands()
     o = attn(q, k, v, **DROPPED)
-    again = _from_recipe(recipe_with_dropout(attn.recipe))
+    again = _variant_of(recipe_with_dropout(attn.recipe))
     bound = again.signature.bind(q, k, v, None, dropout_scalars(DROPPED["dropout_p"], DROPPED["seed"]))
     assert torch.equal(again.kernels.forward(q, k, v, bound, False)[0], o)
 
