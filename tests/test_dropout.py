@@ -241,3 +241,19 @@ def test_transforms_of_functions() -> None:
 
     leaf = q.clone().requires_grad_()
     assert torch.equal(torch.func.grad(loss)(q), torch.autograd.grad(loss(leaf), leaf)[0])
+
+
+@TARGETS
+@pytest.mark.parametrize("name", ["causal", "summed"])
+def test_gradients_through_lse(name: str, target: str) -> None:
+    attn = built(name, target)
+    operands_ = operands(M=21, N=33, H=4, HKV=2)
+    scalars = dropout_scalars(DROPPED["dropout_p"], DROPPED["seed"])
+    leaves = [x.requires_grad_() for x in operands_]
+    o, lse = attn(*leaves, return_lse=True, **DROPPED)
+    found = torch.autograd.grad(o.square().sum() + lse.sin().sum(), leaves)
+    exact = [x.detach().double().requires_grad_() for x in operands_]
+    o, lse = evaluate(with_dropout(attn.attention), *exact, scalars)
+    expected = torch.autograd.grad(o.square().sum() + lse.sin().sum(), exact)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4)
