@@ -98,6 +98,18 @@ def test_numbers_for_tensors_without_axes() -> None:
     assert torch.equal(compiled(*operands(), **arguments), EVERYTHING(*operands(), **arguments))
 
 
+def test_an_int_in_a_tensor() -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor, window: Tensor) -> Tensor:
+        return EVERYTHING(q, k, v, window=window, **inputs())
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        for window in (torch.tensor(3), torch.tensor(7)):
+            assert torch.equal(compiled(*operands(), window), call(*operands(), window))
+        with pytest.raises(RuntimeError):
+            compiled(*operands(), torch.tensor(2**40))
+
+
 def test_without_gradients_and_in_inference_mode() -> None:
     compiled = torch.compile(CAUSAL, fullgraph=True, backend="aot_eager")
     q, k, v = operands()

@@ -99,7 +99,7 @@ class Signature:
         try:
             sizes = operand_sizes(q, k, v)
             offset = python_number(sizes.N - sizes.M if q_offset is None else q_offset)
-            if _type(offset) is not int or not -MAX_LENGTH <= offset <= MAX_LENGTH - sizes.M:
+            if _type(offset) is not int or not _lies_within(offset, -MAX_LENGTH, MAX_LENGTH - sizes.M):
                 raise Mismatch
             if not self.scalars and not self.tensors:
                 if inputs:
@@ -129,13 +129,24 @@ class Signature:
     def _scalar(parameter: ScalarParameter, value: Any) -> Any:
         value = python_number(value)
         kind, given = parameter.kind, _type(value)
-        if given not in PYTHON_TYPES[kind] or (kind is Kind.INT and not INT_RANGE[0] <= value <= INT_RANGE[-1]):
+        if given not in PYTHON_TYPES[kind] or (
+            kind is Kind.INT and not _lies_within(value, INT_RANGE[0], INT_RANGE[-1])
+        ):
             raise Mismatch
         return torch.sym_float(value) if kind is Kind.FLOAT else value
 
 
 # Numbers that a tracer does not know yet, and what they stand for.
 _SYMBOLIC: dict[type, type] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
+
+
+def _lies_within(value: int | torch.SymInt, low: int, high: int) -> bool:
+    """Whether `value` does; where a tracer will only know when the program runs, it is to be asserted then."""
+    if isinstance(value, torch.SymInt):
+        torch._check(value >= low)  # noqa: SLF001
+        torch._check(value <= high)  # noqa: SLF001
+        return True
+    return low <= value <= high
 
 
 def _type(value: object) -> type:

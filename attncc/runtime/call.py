@@ -70,7 +70,7 @@ class CompiledAttention:
     def __reduce__(self) -> tuple[Any, ...]:
         return self._from_recipe, (self.recipe,)
 
-    def __deepcopy__(self, memo: object) -> CompiledAttention:
+    def __deepcopy__(self, _: object) -> CompiledAttention:
         return self  # Copies of a module that holds it share its kernels.
 
     def __call__(
