@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -362,3 +363,9 @@ def test_rows_of_equal_masks_and_keys_of_minus_infinity() -> None:
 def test_large_scores() -> None:
     q, k, v = operands(M=80, N=90)
     check_spec(CAUSAL_ONLY, q * 4, k * 4, v)
+
+
+@pytest.mark.parametrize("position", [Q, KV, op("sub", Q, KV)], ids=["query", "key", "pair"])
+def test_scales_of_positions(position: Expr) -> None:
+    scale = op("log", op("add", 2.0, op("to_float", op("abs", position))))
+    check_spec(replace(CAUSAL_ONLY, scale=scale), *operands())
