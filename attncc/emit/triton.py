@@ -75,6 +75,8 @@ _INFIX = re.compile(r"\(?\{0\} (\S+) (\{1\}|0)\)?")
 _PREFIX = re.compile(r"\(?([-~])\{0\}\)?")
 # Where both operands are known not to be negative, truncation is the floor.
 _TRUNCATING = {"floordiv": "{0} // {1}", "mod": "{0} % {1}"}
+# In f64, where rows are of another type.
+_OUTER = {"sin": "attn_sin({0})", "cos": "attn_cos({0})", "to_float": "{0}.to(tl.float64)"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,10 @@ class TritonPrinter:
         self.shapes = {parameter.name: parameter.shape for parameter in plan.spec.tensors}
         # Tables are made once for every element type of q: in f64, as the reference decides.
         self.double = isinstance(plan, TilesPlan) or plan.dtype is DType.F64
+        # Outside rows, a rows kernel computes floats in f64: f32 cannot hold the angle of a late position.
+        self.mixed = isinstance(plan, RowsPlan) and not self.double
+        self.outer, self._float = False, "FLOAT"
+        self.doubles = {b.name for b in (*plan.call, *plan.position)} if isinstance(plan, RowsPlan) else set[str]()
         self.axes: dict[str, Axis] = {}
         self.ranges: dict[str, Range] = {}
         self.wide: set[str] = set()
@@ -133,6 +139,8 @@ class TritonPrinter:
             "matrix": lambda expr, keys_first=False: turned(keys_first).print(expr, matrix=True).source,
             "matrix_operand": lambda expr, keys_first=False: turned(keys_first).print(expr, matrix=True).at(_AND),
             "matrix_factor": lambda expr, keys_first=False: turned(keys_first).print(expr, matrix=True).at(_SIGN),
+            "outer_vector": lambda expr: self.outer_value(expr, matrix=False),
+            "outer_matrix": lambda expr: self.outer_value(expr, matrix=True),
             "tile_matrix": lambda expr, keys_first=False: turned(keys_first).tile_matrix(expr),
             "entry_of": self.entry_of,
             "range_end": self.range_end,
@@ -170,9 +178,11 @@ class TritonPrinter:
             case Size(name=name):
                 return self._leaf(name, Axis.NONE, matrix, wide)
             case Parameter(name=name, kind=kind):
-                return self._leaf(name_of(name), Axis.NONE, matrix, wide and kind is Kind.INT)
+                leaf = self._leaf(name_of(name), Axis.NONE, matrix, wide and kind is Kind.INT)
+                return self._as_float(leaf, double=True) if kind is Kind.FLOAT else leaf
             case Variable(name=name, kind=kind):
-                return self._leaf(name_of(name), self.axes[name], matrix, wide and kind is Kind.INT)
+                leaf = self._leaf(name_of(name), self.axes[name], matrix, wide and kind is Kind.INT)
+                return self._as_float(leaf, double=name in self.doubles) if kind is Kind.FLOAT else leaf
             case Hole(name="dot"):
                 return Text("qk")
             case Hole(name="score"):
@@ -191,6 +201,13 @@ class TritonPrinter:
                 return self._apply(op, args, matrix, wide)
             case _:
                 assert_never(expr)
+
+    def outer_value(self, expr: Expr, *, matrix: bool) -> str:
+        """A value of a level outside rows. One per element is kept as FLOAT, as rows compute with it."""
+        self.outer, self._float = self.mixed, "tl.float64" if self.mixed else "FLOAT"
+        source = self.print(expr, matrix=matrix).source
+        self.outer, self._float = False, "FLOAT"
+        return f"tl.cast({source}, FLOAT)" if self.mixed and matrix and kind_of(expr) is Kind.FLOAT else source
 
     def range_end(self, expr: Expr, size: str = "N") -> str:
         """An end of a range of `size` positions, in 32 bits: where it may not fit, brought back to the nearest one."""
@@ -257,6 +274,10 @@ class TritonPrinter:
             source += "[:, None]" if (axis is Axis.FIRST) != self.keys_first else "[None, :]"
         return Text(f"{source}.to(tl.int64)" if wide else source)
 
+    def _as_float(self, leaf: Text, *, double: bool) -> Text:
+        """A float, kept as f64 or as FLOAT, in the type of the level at hand."""
+        return Text(f"tl.cast({leaf.source}, {self._float})") if self.mixed and double != self.outer else leaf
+
     def _load(self, load: Load, matrix: bool, wide: bool) -> Text:
         tensor = name_of(load.tensor)
         offsets = [f"{self._clamped(load, axis, matrix)} * {tensor}_stride_{axis}" for axis in range(len(load.indices))]
@@ -267,8 +288,8 @@ class TritonPrinter:
         dtype = self.dtypes[load.tensor]
         match load.kind:
             case Kind.FLOAT:
-                computed = DType.F64 if self.double else DType.F32
-                return "" if dtype is computed else ".to(FLOAT)"
+                computed = DType.F64 if self.double or self.outer else DType.F32
+                return "" if dtype is computed else f".to({self._float})"
             case Kind.INT:
                 return ".to(tl.int64)" if wide and dtype is not DType.I64 else ""
             case Kind.BOOL:
@@ -332,6 +353,8 @@ class TritonPrinter:
         spelling = OPERATORS[op].spelling("triton", kind_of(args[-1]))
         if op in _TRUNCATING and self._never_negative(args):
             spelling = _TRUNCATING[op]
+        if self.outer:
+            spelling = _OUTER.get(op, spelling)
         ints = [arg for arg in args if kind_of(arg) is Kind.INT]
         wide = bool(ints) and (wide or not all(self._fits(arg) for arg in ints))
         texts = [self.print(arg, matrix=matrix, wide=wide and kind_of(arg) is Kind.INT) for arg in args]
@@ -357,9 +380,9 @@ class TritonPrinter:
         nothing; where that is not enough it is given its type."""
         literals = [isinstance(arg, Constant) and isinstance(arg.value, float) for arg in args]
         alone = all(literal or kind_of(arg) is not Kind.FLOAT for literal, arg in zip(literals, args, strict=True))
-        typed = self.double or alone or spelling.startswith("attn_")
+        typed = self.double or self.outer or alone or spelling.startswith("attn_")
         return [
-            f"tl.full((), {text.source}, FLOAT)" if literal and typed else text.source
+            f"tl.full((), {text.source}, {self._float})" if literal and typed else text.source
             for literal, text in zip(literals, texts, strict=True)
         ]
 

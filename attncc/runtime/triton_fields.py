@@ -269,7 +269,7 @@ def _sizes(*more: str) -> Iterable[Field]:
 
 
 def _captured(plan: KernelPlan) -> Iterator[Field]:
-    double = isinstance(plan, TilesPlan) or plan.dtype is DType.F64
+    double = isinstance(plan, TilesPlan | RowsPlan) or plan.dtype is DType.F64
     for tensor in plan.tensors:
         name = name_of(tensor.name)
         yield Field(name, f"*{TYPES[tensor.dtype]}")

@@ -87,6 +87,24 @@ def attn_pow(x, y):
 
 
 @triton.jit
+def attn_within_turn(x):
+    """An angle in f64, less whole turns, as f32: from -pi to pi."""
+    turns = tl.floor(x * 0.15915494309189535 + 0.5)
+    return (x - turns * 6.283185307179586).to(tl.float32)
+
+
+@triton.jit
+def attn_sin(x):
+    """Of an angle in f64, to the digits of f32: GPUs take sines of f64 by long programs."""
+    return tl.sin(attn_within_turn(x)).to(tl.float64)
+
+
+@triton.jit
+def attn_cos(x):
+    return tl.cos(attn_within_turn(x)).to(tl.float64)
+
+
+@triton.jit
 def attn_log1p(x):
     """log(1 + x): the rounding error of 1 + x, known from what came out, is divided out again."""
     y = 1.0 + x
