@@ -30,6 +30,7 @@ SPECS = {
     "slopes": "attention slopes(slope: f32[H]):\n    score = qk - slope[h] * (q_idx - kv_idx)\n    mask = causal\n",
     "required": "attention required(window: int):\n    mask = q_idx - kv_idx < window\n",
     "capped": "attention capped(cap: float[]):\n    score = cap * tanh(qk / cap)\n",
+    "scaled": "attention scaled(cap: float = 5.0):\n    score = cap * tanh(qk / cap)\n",
     "chosen": "attention chosen(key: int[]):\n    mask = kv_idx == key\n",
     "rates": "attention rates(rate: f32[M // N]):\n    score = qk * rate[0]\n",
     "table": "attention table(bias: f32[2 * N - 1]):\n    score = qk + bias[kv_idx]\n",

@@ -174,6 +174,12 @@ REFUSALS = {
     "rate of a bool": refusal("biased", "A0609", rate=False, words=("`rate` must be a float, found bool False",)),
     "rate complex": refusal("biased", "A0609", rate=1j, words=("must be a float, found complex",)),
     "rate too large": refusal("biased", "A0609", rate=10**400, words=("a float that fits 64 bits",)),
+    "rate that is learned": refusal(
+        "biased",
+        "A0619",
+        rate=torch.tensor(1.0, requires_grad=True),
+        words=("`rate` is a run-time scalar and has no gradient", "declare it `rate: float[]`", "pass rate.item()"),
+    ),
     "flag of an int": refusal("biased", "A0609", flag=1, words=("`flag` must be a bool, found int 1",)),
     "cap of text": refusal("capped", "A0609", cap="5", words=("`cap` must be a float that fits float32, found str",)),
     "cap too large": refusal("capped", "A0609", cap=1e300, words=("a float that fits float32, found float 1e+300",)),
@@ -407,6 +413,7 @@ def test_a_device_without_kernels_is_refused(target: str | None) -> None:
         ("A0614", "plain"),
         ("A0615", "rates"),
         ("A0617", "sigmoid"),
+        ("A0619", "scaled"),
     ],
 )
 def test_the_example_of_a_code(code: str, spec: str) -> None:
@@ -458,6 +465,20 @@ def test_gradients_are_no_matter_where_none_are_recorded() -> None:
     for context in (torch.no_grad, torch.inference_mode):
         with context():
             assert not built("plain")(q, _K, _V).requires_grad
+
+
+def test_a_learned_scalar_is_taken_where_no_gradients_are_recorded() -> None:
+    inputs, rate = _GOOD["biased"], torch.tensor(2.0, requires_grad=True)
+    with torch.no_grad():
+        o = built("biased")(_Q, _K, _V, rate=rate, **inputs)
+    assert torch.equal(o, built("biased")(_Q, _K, _V, rate=rate.item(), **inputs))
+
+
+def test_a_learned_scalar_trains_as_a_tensor_without_axes() -> None:
+    cap = torch.tensor(5.0, requires_grad=True)
+    built("capped")(_Q, _K, _V, cap=cap).square().sum().backward()
+    assert cap.grad is not None
+    assert cap.grad != 0
 
 
 def test_the_reference_says_what_is_read_outside_a_tensor() -> None:

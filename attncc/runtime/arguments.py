@@ -127,7 +127,10 @@ class Signature:
 
     @staticmethod
     def _scalar(parameter: ScalarParameter, value: Any) -> Any:
-        value = python_number(value)
+        if type(value) is not float:
+            if loses_gradient(value):
+                raise Mismatch
+            value = python_number(value)
         kind, given = parameter.kind, _type(value)
         if given not in PYTHON_TYPES[kind] or (
             kind is Kind.INT and not _lies_within(value, INT_RANGE[0], INT_RANGE[-1])
@@ -161,6 +164,11 @@ def python_number(value: Any) -> Any:
     if _type(value) in (int, float, bool) or not hasattr(value, "item"):
         return value
     return value.item()
+
+
+def loses_gradient(value: Any) -> bool:
+    """Whether autograd follows `value`, which it could not do any longer once the number in it has been read."""
+    return isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()
 
 
 def scalar_tensor(parameter: TensorParameter, value: Any, device: torch.device) -> Tensor:

@@ -292,6 +292,23 @@ class NoShape(Diagnostic):
     shape: str
 
 
+@dataclass(frozen=True, slots=True)
+class LosesGradient(Diagnostic):
+    code = "A0619"
+    title = "`{name}` is a run-time scalar and has no gradient; the tensor passed for it requires one"
+    label = "declared here"
+    help = "declare it `{name}: float[]`, a 0-d tensor, and it trains; or pass {name}.item()"
+    explanation = (
+        "Only the number in a tensor is read where a run-time scalar is declared, so that a learned one would never "
+        "change. Gradients reach q, k, v and captured tensors of floats. Under `torch.no_grad()` nothing is lost, and "
+        "the tensor is taken."
+    )
+    bad = "attn(q, k, v, cap=torch.tensor(30.0, requires_grad=True))   # for `attention capped(cap: float)`"
+    good = "attn(q, k, v, cap=30.0)"
+
+    name: str
+
+
 # --- A05xx: the C++ compiler ----------------------------------------------------------------------------------------
 
 

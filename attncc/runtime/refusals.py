@@ -24,6 +24,7 @@ from attncc.runtime.arguments import (
     Mismatch,
     Signature,
     Sizes,
+    loses_gradient,
     operand_sizes,
     preferred_dtype,
     python_number,
@@ -32,6 +33,7 @@ from attncc.runtime.arguments import (
 from attncc.runtime.errors import (
     EmptyWidth,
     HeadsDoNotDivide,
+    LosesGradient,
     MissingInput,
     NoShape,
     NotATensor,
@@ -211,6 +213,9 @@ def _scalar_reasons(signature: Signature, inputs: Mapping[str, Any]) -> Iterator
         if parameter.name not in inputs:
             continue
         name, kind, value = parameter.name, parameter.kind, inputs[parameter.name]
+        if loses_gradient(value):
+            yield LosesGradient(parameter.span, name)
+            continue
         number = _number_in(value)
         expected, advice = _ARTICLES[kind], "pass a Python number"
         if type(number) in PYTHON_TYPES[kind]:
