@@ -165,6 +165,8 @@ class _Body(clauses.Body):
                 hint = "`out = …` is given once, with all of its terms"
             self.reporter.report(NotTheState(node.name_span, node.name, hint))
             self.inner.evaluate(node.value)
+            # Its uses are not to blame.
+            self.inner.scope.values.setdefault(node.name, UNKNOWN)
             return []
         if isinstance(node, nodes.Clause):
             value = self._fitted(node.value, STATE_SIZE, "`S`", "`outer(x, y)` makes a state of two vectors")

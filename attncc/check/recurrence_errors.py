@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from attncc.diagnostics import Diagnostic
 
 _STATEMENTS = "\n    recurrence:\n        S += outer(k, v)\n        out = q @ S\n"
+_SCALED = _STATEMENTS.replace("out = q", "out = scale * q")
 _NAMED = "\n    recurrence:\n        let z = k @ S\n        S += outer(k, v - z)\n        out = q @ S\n"
 
 
@@ -120,8 +121,8 @@ class UnreadScale(Diagnostic):
     label = "this clause has no effect"
     help = "read it where the state is read: `out = scale * q @ S`; or remove the line"
     explanation = (
-        "Nothing is scaled by itself in a recurrence: `scale` is a name that its statements may read. It is 1 / sqrt(D) "
-        "where no clause gives another value."
+        "Nothing is scaled by itself in a recurrence: `scale` is a name that its statements may read, with the value "
+        "1 / sqrt(D) where no clause gives another one."
     )
     bad = f"attention scaled():\n    scale = 0.5{_STATEMENTS}"
     good = (

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias, assert_never
 
 from attncc.ir.nodes import Attention, Expr, Index, Load, ScalarParameter, TensorParameter
-from attncc.ir.rewrite import has_free
 from attncc.ir.types import Kind
 from attncc.source import Span
 
@@ -43,6 +42,8 @@ class Bind:
     @property
     def load(self) -> Load:
         """What reads it."""
+        from attncc.ir.rewrite import has_free
+
         free = (index for index in CHANNELS if has_free(self.value, index.name))
         return Load(self.name, (*HEAD, *free), Kind.FLOAT)
 

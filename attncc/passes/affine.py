@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from attncc.ir.nodes import Apply, Constant, Expr, Load, Reduce
-from attncc.ir.rewrite import contains, has_free
-from attncc.passes.separable import Factors, Monomial, Polynomial, plus, polynomial, product, times
+from attncc.ir.rewrite import contains
+from attncc.passes.separable import Factors, Monomial, Polynomial, chosen, plus, polynomial, times
 from attncc.source import Span
 
 
@@ -100,29 +100,9 @@ def _product(a: Affine, b: Affine, expr: Expr) -> Affine:
 
 
 def _where(condition: Expr, value: Affine) -> Affine:
-    """The value where the condition holds, 0 elsewhere: each coefficient is, not its product with what may be
-    infinite there."""
-
-    def chosen(coefficient: Polynomial) -> Polynomial:
-        return plus((), tuple(_chosen(condition, monomial) for monomial in coefficient))
-
-    return Affine(chosen(value.constant), {read: chosen(c) for read, c in value.terms.items()})
-
-
-def _chosen(condition: Expr, monomial: Monomial) -> Monomial:
-    varies = has_free(condition, "d") or has_free(condition, "e")
-    if varies:
-        (only,) = polynomial(_guarded(condition, monomial.expr()))
-        return only
-    sides = (monomial.scalar, monomial.key, monomial.value, monomial.mixed)
-    guarded = tuple((_guarded(condition, product(side)),) if side else () for side in sides)
-    if not any(guarded):
-        return Monomial(scalar=(_guarded(condition, Constant(monomial.number)),))
-    return Monomial(monomial.number, *guarded)
-
-
-def _guarded(condition: Expr, value: Expr) -> Expr:
-    return Apply("where", (condition, value, Constant(0.0)))
+    """The value where the condition holds, 0 elsewhere."""
+    terms = {read: chosen(condition, coefficient) for read, coefficient in value.terms.items()}
+    return Affine(chosen(condition, value.constant), terms)
 
 
 def _sum(value: Affine, over: str, expr: Expr) -> Affine:

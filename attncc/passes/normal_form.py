@@ -90,6 +90,7 @@ def normal_form(recurrence: Recurrence) -> NormalForm | Sequential:
                 case Output():
                     output = value
         assert output is not None
+        place = None  # What is wrong with the whole update is no single statement's fault.
         after = _output_after(statements[last + 1 :], known) if last >= 0 else None
         return _form(known["S"], output if after is None else after, read="pre" if after is None else "post")
     except NotAffine as error:

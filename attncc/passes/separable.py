@@ -104,10 +104,34 @@ def polynomial(expr: Expr) -> Polynomial:
             return times(polynomial(a), polynomial(b))
         case Apply(op="div", args=(a, b)):
             return times(polynomial(a), polynomial(_reciprocal(b)))
+        case Apply(op="where", args=(condition, a, b)) if not _varies(condition):
+            otherwise = Apply("not", (condition,))
+            return plus(chosen(condition, polynomial(a)), chosen(otherwise, polynomial(b)))
         case Apply(op="exp" | "exp2", args=(Apply(op="add" | "sub" | "neg"),)):
             return times(*(polynomial(part) for part in _exponentials(expr)))
         case _:
             return (Monomial(mixed=(expr,)),)
+
+
+def chosen(condition: Expr, terms: Polynomial) -> Polynomial:
+    """The sum where the condition holds, 0 elsewhere: each factor is, so that none is infinite times 0 there."""
+    return plus((), tuple(_guarded(condition, term) for term in terms))
+
+
+def _guarded(condition: Expr, term: Monomial) -> Monomial:
+    def guard(value: Expr) -> Expr:
+        return Apply("where", (condition, value, Constant(0.0)))
+
+    if _varies(condition):
+        (guarded,) = polynomial(guard(term.expr()))
+        return guarded
+    if not any(term.sides):
+        return Monomial(scalar=(guard(Constant(term.number)),))
+    return Monomial(term.number, *((guard(product(side)),) if side else () for side in term.sides))
+
+
+def _varies(expr: Expr) -> bool:
+    return has_free(expr, "d") or has_free(expr, "e")
 
 
 def _reciprocal(expr: Expr) -> Expr:
