@@ -265,6 +265,31 @@ def test_what_prevents_a_normal_form_is_named(lines: tuple[str, ...], why: str, 
     assert (found.span and found.span.text) == at
 
 
+def test_too_many_steps_within_a_token_are_refused_soon() -> None:
+    steps = [f"S += outer(a[b, {i}, t, :], v - a[b, {i}, t, :] @ S)" for i in range(12)]
+    found = normal_form(recurrence_of(*steps, "out = q @ S"))
+    assert isinstance(found, Sequential)
+    assert "terms" in found.why
+
+
+@pytest.mark.parametrize(
+    ("decay", "logarithm"),
+    [
+        ("exp(g[b, h, t])", "g[b, h, t]"),
+        ("1 / exp(g[b, h, t])", "-g[b, h, t]"),
+        ("sigmoid(g[b, h, t])", "-softplus(-g[b, h, t])"),
+        ("exp(g[b, h, t]) * sigmoid(s[b, h, t])", "g[b, h, t] - softplus(-s[b, h, t])"),
+        ("(exp(g[b, h, t]) if t > 0 else 1.0)", "where(t > 0, g[b, h, t], 0.0)"),
+        ("s[b, h, t]", "log(s[b, h, t])"),
+        ("1.0", "0.0"),
+    ],
+)
+def test_the_logarithm_of_a_decay_is_taken_symbolically(decay: str, logarithm: str) -> None:
+    form = normal_form(recurrence_of(f"S *= {decay}", "S += outer(k, v)", "out = q @ S"))
+    assert isinstance(form, NormalForm)
+    assert to_text(form.log_decay) == logarithm
+
+
 def test_a_recurrence_without_a_normal_form_still_runs() -> None:
     o, last = reference(recurrence_of("S = tanh(S) + outer(k, v)", "out = q @ S"))
     state = STATE

@@ -22,6 +22,9 @@ from attncc.passes.simplify import simplify_expr
 from attncc.source import Span
 
 _Key = TypeVar("_Key", bound=Hashable)
+# Each step of the delta rule within a token doubles the terms; no kernel is made of more than a few steps.
+_MAX_TERMS = 256
+
 Side: TypeAlias = Literal["none", "scalar", "key", "value"]
 
 
@@ -81,6 +84,7 @@ def normal_form(recurrence: Recurrence) -> NormalForm | Sequential:
         for statement in statements:
             place = statement.span
             value = affine(statement.value, known)
+            _refuse_too_many_terms(value)
             match statement:
                 case Update():
                     _refuse_unwritable(value)
@@ -127,6 +131,12 @@ def _form(state: Affine, output: Affine, read: Literal["pre", "post"]) -> Normal
         gate=gate,
         bonus=expr_of(output.constant) if output.constant else None,
     )
+
+
+def _refuse_too_many_terms(value: Affine) -> None:
+    count = len(value.constant) + sum(len(coefficient) for coefficient in value.terms.values())
+    if count > _MAX_TERMS:
+        raise NotAffine(f"it has {count} terms when it is multiplied out, more than {_MAX_TERMS}", None)
 
 
 def _refuse_unwritable(value: Affine) -> None:
@@ -228,10 +238,16 @@ _LOGARITHMS: dict[str, Callable[[Expr], Expr]] = {
 
 
 def logarithm(expr: Expr) -> Expr:
-    """log(expr), of products and exponentials without taking one."""
+    """log(expr), of products, quotients and exponentials without taking one."""
     match expr:
         case Apply(op="mul", args=(a, b)):
             return Apply("add", (logarithm(a), logarithm(b)))
+        case Apply(op="div", args=(Constant(value=1.0), b)):
+            return Apply("neg", (logarithm(b),))
+        case Apply(op="div", args=(a, b)):
+            return Apply("sub", (logarithm(a), logarithm(b)))
+        case Apply(op="where", args=(condition, a, b)):
+            return Apply("where", (condition, logarithm(a), logarithm(b)))
         case Apply(op=op, args=(a,)) if op in _LOGARITHMS:
             return _LOGARITHMS[op](a)
         case _:
