@@ -7,7 +7,7 @@ READY := .venv/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint bench gpu clean
+.PHONY: help setup demo test test-all lint train bench gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 16
@@ -29,6 +29,9 @@ lint: $(READY)  ## format, style, types, layers, dead code
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/vulture
+
+train: $(READY)  ## train a small language model, and the same by plain PyTorch; writes docs/train_lm.png
+	$(BIN)/python examples/train_lm.py --check --out docs/train_lm.png
 
 bench: $(READY)  ## the benchmark grid on this machine; writes benchmarks/results/
 	$(BIN)/python benchmarks/forward.py

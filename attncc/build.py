@@ -64,8 +64,10 @@ def build(
     if isinstance(attention, Recurrence):
         return RecurrentAttention(attention, source.text)
     register_operators()
-    recipe = _recipe(source, name, target, folders, constants)
-    return CompiledAttention(attention, source.text, target, folders, sources_of, backward_sources_of, recipe)
+    named = folders[: len(folders) - len(template_folders(()))]
+    recipe = _recipe(source, name, target, named, constants)
+    make = (sources_of, backward_sources_of, from_recipe)
+    return CompiledAttention(attention, source.text, target, folders, *make, recipe)
 
 
 def register_operators() -> None:
@@ -73,7 +75,7 @@ def register_operators() -> None:
     elsewhere, and builds nothing itself, has to ask for it."""
     from attncc.runtime.operator import use_builder
 
-    use_builder(_from_recipe)
+    use_builder(_variant_of)
 
 
 def _recipe(
@@ -97,11 +99,13 @@ def _recipe(
         "templates": [str(folder.resolve()) for folder in folders],
         "constants": dict(constants),
     }
-    return json.dumps({key: part for key, part in parts.items() if part})
+    # A constant may be a number of numpy's.
+    return json.dumps({key: part for key, part in parts.items() if part}, default=lambda number: number.item())
 
 
-def _from_recipe(recipe: str) -> Variant:
-    from attncc.runtime.recurrent import RecurrentAttention
+def from_recipe(recipe: str) -> CompiledAttention:
+    """What `build` has made, anew: in another process, say."""
+    from attncc.runtime.call import CompiledAttention
 
     parts = json.loads(recipe)
     source = Source(parts["file"], parts["text"], tuple(tuple(file) for file in parts.get("used", ())))
@@ -112,8 +116,13 @@ def _from_recipe(recipe: str) -> Variant:
         templates=parts.get("templates", ()),
         **parts.get("constants", {}),
     )
-    assert not isinstance(built, RecurrentAttention), "recurrences have no recipes"
-    return built.dropped[0] if parts.get("dropout") else built.variant
+    assert isinstance(built, CompiledAttention), "recurrences have no recipes"
+    return built
+
+
+def _variant_of(recipe: str) -> Variant:
+    built = from_recipe(recipe)
+    return built.dropped if json.loads(recipe).get("dropout") else built.variant
 
 
 def _keyword_for(value: object, source: Source) -> str:

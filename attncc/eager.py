@@ -46,6 +46,8 @@ class Environment:
     floating: the type of floats made of ints; literals adapt to what they are combined with.
     rows: in row transforms, the tensors whose elements are read, (B, H, rows, width).
     read: an element of a captured tensor at indices that lie within it.
+    active: the places that captured tensors have gradients of; all where it is None. What `where` leaves out is none:
+    0 times its derivative, which may be infinite, would be NaN.
     """
 
     indices: Mapping[str, Tensor]
@@ -55,6 +57,7 @@ class Environment:
     floating: torch.dtype
     rows: Mapping[RowName, Tensor]
     read: Callable[[Tensor, list[Tensor]], Tensor] = lambda tensor, places: tensor[tuple(places)]
+    active: Tensor | None = None
 
     def leaf(self, value: Input) -> Tensor:
         """A scalar as a tensor that does not widen what it is combined with."""
@@ -82,18 +85,24 @@ def torch_value(expr: Expr, env: Environment) -> Tensor:
             places = [torch_value(i, env).clamp(0, size - 1) for i, size in zip(indices, tensor.shape, strict=True)]
             if 0 in tensor.shape:
                 return tensor.new_zeros(torch.broadcast_shapes(*(place.shape for place in places)))
-            return env.read(tensor, places)
+            element = env.read(tensor, places)
+            return element if env.active is None else torch.where(env.active, element, element.detach())
         case Element(row=row, index=Index(name="d")) if env.indices["d"].numel() == env.rows[row].shape[-1]:
             return env.rows[row]
         case Element(row=row, index=index):
             return _element(env.rows[row], torch_value(index, env))
         case Reduce(op=op, body=body, size=size):
             d = torch.arange(int(torch_value(size, env)), device=env.indices["b"].device)
-            terms = torch_value(body, replace(env, indices={**env.indices, "d": d}))
+            active = None if env.active is None else env.active.any(-1, keepdim=True)
+            terms = torch_value(body, replace(env, indices={**env.indices, "d": d}, active=active))
             terms = terms.broadcast_to(*terms.shape[:-1], len(d)) if terms.dim() else terms.broadcast_to(len(d))
             return terms.sum(-1, keepdim=True) if op == "sum" else terms.amax(-1, keepdim=True)
         case Apply(op="to_float", args=(argument,)):
             return torch_value(argument, env).to(env.floating)
+        case Apply(op="where", args=(condition, then, otherwise)) if env.active is not None:
+            chosen = torch_value(condition, env)
+            of_then, of_otherwise = (replace(env, active=env.active & x) for x in (chosen, ~chosen))
+            return torch.where(chosen, torch_value(then, of_then), torch_value(otherwise, of_otherwise))
         case Apply(op=op, args=args):
             return OPERATORS[op].torch(*(torch_value(argument, env) for argument in args))
         case Variable() | Summary():

@@ -1,4 +1,4 @@
-"""On a machine with a GPU: its tests, then the forward grid beside SDPA and FlexAttention.
+"""On a machine with a GPU: its tests, then the grid, forward and backward, beside SDPA and FlexAttention.
 
     python benchmarks/gpu.py [--minutes 9] [--skip-tests] [-o benchmarks/results/forward-gpu.json]
     python benchmarks/gpu.py --dry-run          # no GPU: plans, shapes, work, compilation ahead of time
@@ -34,6 +34,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import attncc
 from attncc.diagnostics import BuildError
 from attncc.ir.nodes import Attention
+from attncc.plan.backward import plan_backward
 from attncc.plan.nodes import TritonTile
 from attncc.runtime.arguments import Bound, Signature
 from attncc.runtime.cache import write_atomically
@@ -85,7 +86,7 @@ class Case:
         return max(POSITIONS // self.length, 1), WIDTH // self.head_dim, self.length, self.head_dim
 
     def flops(self) -> float:
-        """Of both products, over the pairs that are kept."""
+        """Of both products of the forward pass, over the pairs that are kept; a backward pass has five."""
         batch, heads, n, width = self.shape
         w = min(WINDOW, n)
         kept = {
@@ -168,6 +169,13 @@ def flex_contender(case: Case, q: Tensor, k: Tensor, v: Tensor, inputs: dict[str
     return lambda: compiled(q, k, v, score_mod=scores.get(case.variant), block_mask=block_mask)
 
 
+def backward_call(call: Callable[[], Tensor], operands: tuple[Tensor, Tensor, Tensor]) -> Callable[[], object]:
+    """The backward pass of `call`, whose forward pass is done here."""
+    o = call()
+    do = torch.randn_like(o)
+    return lambda: torch.autograd.grad(o, operands, do, retain_graph=True)
+
+
 def milliseconds(call: Callable[[], object]) -> float:
     """Median time on the device, its second-level cache cleared before each."""
     return float(triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median"))
@@ -203,7 +211,7 @@ def best_program(case: Case, attention: Attention, results: Results, q: Tensor, 
         programs[tile] = program
         if known is None:
             try:
-                times[tile] = milliseconds(lambda program=program: program.run(q, k, v, bound, return_lse=False))
+                times[tile] = milliseconds(lambda program=program: program.run(q, k, v, bound, return_total=False))
             except BuildError as error:
                 print(f"{case.family} {tile}: {error}", file=sys.stderr)
     if known is None:
@@ -227,7 +235,7 @@ def measure(case: Case, results: Results) -> None:
     inputs = case.inputs("cuda")
     bound = signature.bind(q, k, v, None, inputs)
     program = best_program(case, attention, results, q, k, v, bound)
-    row: dict[str, float] = {"attncc": milliseconds(lambda: program.run(q, k, v, bound, return_lse=False))}
+    row: dict[str, float] = {"attncc": milliseconds(lambda: program.run(q, k, v, bound, return_total=False))}
     for name, call in sdpa_contenders(case, q, k, v):
         try:
             row[name] = milliseconds(call)
@@ -235,17 +243,38 @@ def measure(case: Case, results: Results) -> None:
             continue  # this backend does not run here
     if case.dtype == "bf16" and case.length in FLEX_LENGTHS:
         row["flex"] = milliseconds(flex_contender(case, q, k, v, inputs))
-    teraflops = {name: case.flops() / ms / 1e9 for name, ms in row.items()}
-    results.data["cases"][case.key] = {"ms": row, "tflops": teraflops}
+    backward = backward_row(case, q, k, v, inputs)
+    results.data["cases"][case.key] = {
+        "ms": row,
+        "tflops": {name: case.flops() / ms / 1e9 for name, ms in row.items()},
+        "backward ms": backward,
+        "backward tflops": {name: 2.5 * case.flops() / ms / 1e9 for name, ms in backward.items()},
+    }
     results.save()
+
+
+def backward_row(case: Case, q: Tensor, k: Tensor, v: Tensor, inputs: dict[str, Any]) -> dict[str, float]:
+    """The times of the backward pass alone."""
+    operands = (q.requires_grad_(), k.requires_grad_(), v.requires_grad_())
+    attn = attncc.build(SPECS[case.variant])
+    row = {"attncc": milliseconds(backward_call(lambda: attn(q, k, v, **inputs), operands))}
+    for name, call in sdpa_contenders(case, q, k, v):
+        try:
+            row[name] = milliseconds(backward_call(call, operands))
+        except RuntimeError:
+            continue  # this backend does not run here
+    if case.dtype == "bf16" and case.length in FLEX_LENGTHS:
+        row["flex"] = milliseconds(backward_call(flex_contender(case, q, k, v, inputs), operands))
+    return row
 
 
 def show(results: Results) -> None:
     names = ["attncc", "sdpa flash", "sdpa cudnn", "sdpa efficient", "flex"]
-    table = Table(*["TFLOP/s", *names], title=results.data["device"])
-    for key, case in results.data["cases"].items():
-        table.add_row(key, *(f"{case['tflops'][name]:.0f}" if name in case["tflops"] else "" for name in names))
-    Console().print(table)
+    for title, field in (("forward", "tflops"), ("backward", "backward tflops")):
+        table = Table(*["TFLOP/s", *names], title=f"{results.data['device']}, {title}")
+        for key, case in results.data["cases"].items():
+            table.add_row(key, *(f"{case[field][name]:.0f}" if name in case[field] else "" for name in names))
+        Console().print(table)
 
 
 def dry_run() -> None:
@@ -269,7 +298,10 @@ def dry_run() -> None:
             from attncc.emit.printers import printer_of
             from attncc.emit.render import render
 
-            requests += [Request(plan, render(plan, printer_of(plan)), "sm_90") for plan in plans[0][0].kernels]
+            program = plans[0][0]
+            backward = plan_backward(attention, program.specialization, program.target, frozenset())
+            kernels = (*program.kernels, *backward.kernels)
+            requests += [Request(plan, render(plan, printer_of(plan)), "sm_90") for plan in kernels]
     for request, found in zip(requests, compile_all(requests), strict=True):
         if isinstance(found, BuildError):
             raise found
@@ -277,7 +309,8 @@ def dry_run() -> None:
             print(f"{request.plan.name}: {name}: {resources}")
     with tempfile.TemporaryDirectory() as folder:
         results = Results(Path(folder) / "results.json", "no device")
-        results.data["cases"][CASES[0].key] = {"ms": {"attncc": 1.0}, "tflops": {"attncc": CASES[0].flops() / 1e9}}
+        rate = {"attncc": CASES[0].flops() / 1e9}
+        results.data["cases"][CASES[0].key] = {"ms": {"attncc": 1.0}, "tflops": rate, "backward tflops": rate}
         results.save()
         assert Results(results.path, "no device").data == results.data
         show(results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from cpp_support import CAUSAL, KV, NATIVE_ARCHS, QK, B, H, Q, attention, normal
 from error_rule import same_dtype_formula
 from formulas import VARIANTS, Problem, Sizes
 from gradients import Formula, assert_gradients, gradients
+from test_cpp_kernels import Guarded
 from test_examples import SHAPES, path_of
 from torch import Tensor
 
@@ -189,9 +191,20 @@ def test_rows_may_lie_anywhere() -> None:
     check_spec(CAUSAL_ONLY, q.flip(0), k, v, do=do[:, :1, :1].expand(2, 3, 37, 16))
 
 
+@DTYPES
+@pytest.mark.parametrize("at_end", [True, False])
+def test_nothing_outside_the_tensors_is_read(at_end: bool, dtype: torch.dtype) -> None:
+    guarded = Guarded()
+    q, k, v = operands(dtype, D=15, E=7)
+    do = normal(1, 2, 37, 7, dtype=dtype, seed=7)
+    expected = run_backward(CAUSAL_ONLY, q, k, v, do)
+    found = run_backward(CAUSAL_ONLY, *(guarded.copy(x, at_end=at_end) for x in (q, k, v, do)))
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
 @pytest.mark.parametrize(("heads", "length"), [(1, 1500), (4, 300)])
 def test_results_do_not_depend_on_threads(heads: int, length: int) -> None:
-    names = ("gain", "column", "table")
+    names = ("gain", "column", "table", "plane")
     score: Expr = QK
     for name in names:
         score = op("add", score, load(name, *PLACES[name]))
@@ -265,7 +278,7 @@ def captured(name: str, dtype: torch.dtype, B: int, H: int, M: int, N: int) -> T
     return normal(*sizes[name], dtype=dtype, seed=11)
 
 
-@DTYPES
+@pytest.mark.parametrize("dtype", [F32, *(pytest.param(dtype, marks=SLOW) for dtype in (BF16, F16, F64))], ids=str)
 @pytest.mark.parametrize("multiplied", [False, True], ids=["added", "multiplied"])
 @pytest.mark.parametrize("name", PLACES)
 def test_captured_tensors(name: str, multiplied: bool, dtype: torch.dtype) -> None:
@@ -307,6 +320,21 @@ def test_masked_pairs_contribute_nothing(value: float, dtype: torch.dtype) -> No
         assert found[name][:, :, first:].isnan().any()
 
 
+def test_pairs_that_a_captured_tensor_masks_contribute_nothing() -> None:
+    allowed = TensorParameter("allowed", (DType.BOOL,), (Size("M"), Size("N")))
+    spec = attention(mask=load("allowed", ROW, KV, kind=Kind.BOOL), parameters=(allowed,))
+    q, k, v = operands(M=150, N=60)
+    do = normal(1, 2, 150, 16, seed=7)
+    inputs = {"allowed": (torch.arange(150)[:, None] >= 130) == (torch.arange(60)[None, :] >= 40)}
+    expected = run_backward(spec, q, k, v, do, None, inputs)
+    for x, first in ((q, 130), (do, 130), (k, 40), (v, 40)):
+        x[:, :, first:] = float("nan")
+    found = run_backward(spec, q, k, v, do, None, inputs)
+    for name, first in (("q", 130), ("k", 40), ("v", 40)):
+        torch.testing.assert_close(found[name][:, :, :first], expected[name][:, :, :first])
+        assert found[name][:, :, first:].isnan().any()
+
+
 @DTYPES
 def test_rows_without_kept_pairs_have_no_gradient(dtype: torch.dtype) -> None:
     q, k, v = operands(dtype, M=150, N=60)
@@ -335,3 +363,9 @@ def test_rows_of_equal_masks_and_keys_of_minus_infinity() -> None:
 def test_large_scores() -> None:
     q, k, v = operands(M=80, N=90)
     check_spec(CAUSAL_ONLY, q * 4, k * 4, v)
+
+
+@pytest.mark.parametrize("position", [Q, KV, op("sub", Q, KV)], ids=["query", "key", "pair"])
+def test_scales_of_positions(position: Expr) -> None:
+    scale = op("log", op("add", 2.0, op("to_float", op("abs", position))))
+    check_spec(replace(CAUSAL_ONLY, scale=scale), *operands())

@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+from conftest import Golden
 from formulas import VARIANTS
 from test_backward_plans import EXAMPLES, SIZES, assert_gradients
 from torch import Tensor
 
-from attncc.build import check
+from attncc.build import check, sources_of
 from attncc.eager import eager
 from attncc.ir.nodes import Apply, Attention, Constant, Index
 from attncc.ir.rewrite import clauses, map_clauses
@@ -146,3 +147,18 @@ def test_keys_are_found_once_per_head_in_32_bits(target: Target) -> None:
     drawn = condition.args[0]  # type: ignore[union-attr]
     assert drawn.args[0].name == key.name  # type: ignore[union-attr]
     assert all(fits_int32(argument) for argument in drawn.args[1:])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("target", "statistics"),
+    [(Target("cpp", "avx512_bf16"), False), (Target("cpp", "avx2"), True), (Target("triton", "sm_90"), True)],
+    ids=str,
+)
+def test_sources_are_as_recorded(target: Target, statistics: bool, golden: Golden) -> None:
+    attention = CAUSAL if statistics else with_dropout(CAUSAL)
+    dtype = DType.F32 if target.arch == "avx2" else DType.BF16
+    specialization = Specialization(dtype, 64, 64, statistics=statistics)
+    program, (text,), _ = sources_of(attention, specialization, target)
+    what, extension = "statistics" if statistics else "dropout", "py" if target.backend == "triton" else "cpp"
+    path = EXAMPLES.parent / "tests" / "sources" / f"{what}-{target.family}-{target.arch}-{program.forward.name}"
+    golden(path.with_name(f"{path.name}.{extension}.expected"), text)

@@ -12,6 +12,7 @@ from formulas import VARIANTS, Problem, Sizes, Variant
 from attncc.build import build, check
 from attncc.eager import eager
 from attncc.error_rule import compare
+from attncc.gradients import compare_gradients
 from attncc.reference import evaluate
 from attncc.runtime.cpp_toolchain import ARCHS, native_arch
 
@@ -128,6 +129,27 @@ def test_cpp(name: str, dtype: torch.dtype) -> None:
 @VARIANT
 def test_triton_interpreted(name: str) -> None:
     assert_kernel_right(name, INTERPRETED, F32, ODD)
+
+
+def assert_gradients_right(name: str, target: str, dtype: torch.dtype, sizes: Sizes) -> None:
+    """Of q, k, v and every captured tensor of floats, as users get them."""
+    problem = VARIANTS[name].problem(sizes, dtype)
+    attn = build(path_of(name), target=target, **problem.constants)
+    message = compare_gradients(attn.attention, attn, problem.q, problem.k, problem.v, problem.inputs)
+    assert message is None, message
+
+
+@VARIANT
+def test_cpp_gradients(name: str) -> None:
+    assert_gradients_right(name, CPP[0], F32, ODD)
+
+
+@pytest.mark.slow
+@VARIANT
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("target", [*CPP, INTERPRETED])
+def test_gradients_on_every_target(name: str, target: str, dtype: torch.dtype) -> None:
+    assert_gradients_right(name, target, dtype, ODD)
 
 
 @pytest.mark.slow

@@ -70,3 +70,36 @@ def test_generated_code_keeps_its_names_apart(target: str) -> None:
     for start in range(0, len(USABLE), 36):
         check(USABLE[start : start + 36], target)
         check(USABLE[start : start + 36][::-1], target)
+
+
+# Names of backward kernels: what they take, what they hold; a tensor and a scalar that is called as one of its sizes.
+BACKWARD = """
+    g delta total dtotal d_o do dq dk dv adjoint_0 partial_0 sums tiles delta_i p ds df places_0 left right probe
+    strange
+    dq_stride_row g_stride_b rows rows_size_0 x num_threads part summed m lse entries
+""".split()
+
+
+@pytest.mark.parametrize("target", ["cpp", "triton:interpret"])
+def test_gradients_of_tensors_of_any_name(target: str) -> None:
+    names = [name for name in BACKWARD if usable(name)]
+    scalars, tensors = names[1::2], names[::2]
+    assert "g" in tensors
+    assert ("rows" in tensors) != ("rows_size_0" in tensors)
+    parameters = ", ".join([*(f"{n}: float" for n in scalars), *(f"{n}: f32[N]" for n in tensors)])
+    spec = (
+        f"attention a({parameters}):\n"
+        f"    k = k * k * ({' + '.join((*scalars, *(f'{n}[kv_idx]' for n in tensors)))})\n"
+        f"    score = qk + {' + '.join((*scalars, *(f'tanh({n}[kv_idx])' for n in tensors)))}\n"
+        f"    mask = {' + '.join(f'{n}[kv_idx]' for n in tensors)} < 100.0\n"
+    )
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, n, 8, generator=generator) for heads, n in ((2, 9), (1, 11), (1, 11)))
+    captured = {name: 0.1 * torch.randn(11, generator=generator) for name in tensors}
+    leaves = [x.requires_grad_() for x in (q, k, v, *captured.values())]
+    inputs: dict[str, Any] = {name: 0.01 * i for i, name in enumerate(scalars)} | captured
+    attn = attncc.build(spec, target=target)
+    found = torch.autograd.grad(attn(q, k, v, **inputs).square().sum(), leaves)
+    oracle = torch.autograd.grad(attn.reference(q, k, v, **inputs).square().sum(), leaves)
+    for name, x, exact in zip(("q", "k", "v", *tensors), found, oracle, strict=True):
+        torch.testing.assert_close(x, exact, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"d{name}: {text}")

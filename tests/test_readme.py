@@ -14,6 +14,7 @@ from attncc.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTORCH = (ROOT / "docs/pytorch.md").read_text(encoding="utf-8")
 CLI = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
 
 
@@ -35,6 +36,13 @@ def test_python_snippets_run() -> None:
     assert shown.strip() in done.stdout
 
 
+def test_the_snippets_on_pytorch_run(tmp_path: Path) -> None:
+    program = "\n".join(blocks(PYTORCH, "python"))
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_first_command_prints_what_is_shown(tmp_path: Path) -> None:
     (spec,) = blocks(README, "attn")
     (tmp_path / "gemma2.attn").write_text(spec, encoding="utf-8")
@@ -53,7 +61,7 @@ def test_commands_run(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/cli.md"])
+@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/cli.md", "docs/pytorch.md"])
 def test_links_lead_somewhere(path: str) -> None:
     text = (ROOT / path).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):
@@ -74,5 +82,5 @@ def test_every_variant_is_in_the_table() -> None:
 
 def test_every_make_target_is_explained() -> None:
     text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("help", "setup", "demo", "test", "test-all", "lint", "bench", "gpu"):
+    for target in ("help", "setup", "demo", "test", "test-all", "lint", "train", "bench", "gpu"):
         assert f"make {target} " in text

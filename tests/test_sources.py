@@ -12,6 +12,7 @@ import torch
 from conftest import Golden
 
 import attncc
+from attncc.build import backward_sources_of
 from attncc.plan.nodes import Specialization
 from attncc.runtime.arguments import DTYPES, preferred_dtype
 from attncc.runtime.targets import parse
@@ -27,12 +28,31 @@ CASES = [
     ("rope", "cpp:avx512", torch.float32),
 ]
 
+# Of backward passes, and the captured tensors whose gradients they give.
+BACKWARD_CASES = [
+    ("causal", "cpp:avx512_bf16", torch.bfloat16, ()),
+    ("qk_norm", "cpp:avx2", torch.float32, ("q_gain",)),
+    ("relative_bias", "cpp:avx512", torch.float32, ("bias",)),
+]
+
 
 def sources(example: str, target: str, dtype: torch.dtype) -> dict[str, str]:
     attn = attncc.build(EXAMPLES / f"{example}.attn", target=target)
     tensors = tuple((p.name, preferred_dtype(p)) for p in attn.attention.tensors)
     program, texts, launcher = attn.sources(Specialization(DTYPES[dtype], 64, 64, tensors), parse(target))
     return {plan.name: text for plan, text in zip(program.kernels, texts, strict=True)} | {"run": launcher}
+
+
+@pytest.mark.parametrize(("example", "target", "dtype", "wanted"), BACKWARD_CASES)
+def test_sources_of_backward_passes_are_as_recorded(
+    example: str, target: str, dtype: torch.dtype, wanted: tuple[str, ...], golden: Golden
+) -> None:
+    attention = attncc.check(EXAMPLES / f"{example}.attn")
+    tensors = tuple((p.name, preferred_dtype(p)) for p in attention.tensors)
+    specialization = Specialization(DTYPES[dtype], 64, 64, tensors)
+    program, texts = backward_sources_of(attention, specialization, parse(target), wanted)
+    for plan, text in zip(program.kernels, texts, strict=True):
+        golden(FOLDER / f"{example}-{target.replace(':', '-')}-{plan.name}.cpp.expected", text)
 
 
 @pytest.mark.parametrize(("example", "target", "dtype"), CASES)

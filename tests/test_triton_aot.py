@@ -53,6 +53,11 @@ class Case:
     def label(self) -> str:
         return f"{self.spec} {self.dtype.value} {self.width_qk}x{self.width_v} {self.arch}"
 
+    def allows(self, function: str, warning: str) -> bool:
+        """Whether the assembler may say so of a function."""
+        del function, warning
+        return False
+
     def kernels(self) -> list[tuple[KernelPlan, str]]:
         attention = attncc.check(SPECS[self.spec])
         tensors = tuple((tensor.name, tensor.dtypes[0]) for tensor in attention.tensors)
@@ -75,24 +80,25 @@ GRID = [
 ]
 
 
-def compare(cases: Sequence[Case], update: bool) -> None:
-    """Compiles `cases` and compares what they take with the table."""
+def compare(cases: Sequence[Case], update: bool, path: Path = TABLE) -> None:
+    """Compiles `cases` and compares what they take with the table at `path`."""
     kernels = [(case, plan, source) for case in cases for plan, source in case.kernels()]
     results = compile_all([Request(plan, source, case.arch) for case, plan, source in kernels])
     found: dict[str, dict[str, int]] = {}
     for (case, _, _), result in zip(kernels, results, strict=True):
         assert not isinstance(result, BuildError), f"{case.label}: {result}"
         for function, resources in result.items():
-            assert not resources.warnings, f"{case.label} {function}: {resources.warnings}"
+            warnings = [warning for warning in resources.warnings if not case.allows(function, warning)]
+            assert not warnings, f"{case.label} {function}: {warnings}"
             found[f"{case.label} {function}"] = {k: v for k, v in asdict(resources).items() if k != "warnings"}
-    table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {"triton": "", "kernels": {}}
+    table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"triton": "", "kernels": {}}
     if update:
         known = table["kernels"] if table["triton"] == triton.__version__ else {}
         table = {"triton": triton.__version__, "kernels": dict(sorted({**known, **found}.items()))}
-        TABLE.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         rows = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in table["kernels"].items())
         text = f'{{\n  "triton": {json.dumps(table["triton"])},\n  "kernels": {{\n{rows}\n  }}\n}}\n'
-        TABLE.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     golden = table["kernels"]
     missing = sorted(found.keys() - golden.keys())
     assert not missing, f"not in the table: {missing}; run with --update-golden and read the difference"

@@ -41,10 +41,12 @@ def check_call(
     q_offset: int | None = None,
     do: Tensor | None = None,
     constants: Mapping[str, int] | None = None,
+    target: str | None = TARGET,
+    device: str = "cpu",
 ) -> dict[str, Tensor]:
     """The gradients of a call with random do and dlse, checked by the error rule."""
     attention = check(spec, **(constants or {}))
-    attn = attncc.build(spec, target=TARGET, **(constants or {}))
+    attn = attncc.build(spec, target=target, **(constants or {}))
     arguments = {**{name: x.to(dtype) for name, x in operands.items()}, **inputs}
     q, v = arguments["q"], arguments["v"]
     generator = torch.Generator().manual_seed(1)
@@ -54,9 +56,11 @@ def check_call(
     dlse = torch.randn(q.shape[:3], generator=generator) if with_lse and has_lse(attention) else None
 
     def kernel(named: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        there = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in named.items()}
         if dlse is None:
-            return attn(**named, q_offset=q_offset), None
-        return attn(**named, q_offset=q_offset, return_lse=True)
+            return attn(**there, q_offset=q_offset).cpu(), None
+        o, lse = attn(**there, q_offset=q_offset, return_lse=True)
+        return o.cpu(), lse.cpu()
 
     def formula(run: Callable[..., Any], named: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         rest = {name: x for name, x in named.items() if name not in ("q", "k", "v")}
@@ -91,7 +95,9 @@ def check_spec(spec: str, dtype: torch.dtype = F32, sizes: Sizes = SIZES, **rest
 
 QUICK_BF16 = {"causal", "softcap", "relative_bias"}
 CASES = [
-    pytest.param(name, dtype, marks=() if dtype is F32 or (dtype is BF16 and name in QUICK_BF16) else SLOW)
+    pytest.param(
+        name, dtype, id=f"{name}-{dtype}", marks=() if dtype is F32 or (dtype is BF16 and name in QUICK_BF16) else SLOW
+    )
     for name in VARIANTS
     for dtype in (F32, BF16, F16, F64)
 ]

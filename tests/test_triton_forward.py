@@ -14,7 +14,7 @@ from strategies import attentions, calls
 from torch import Tensor
 
 import attncc
-from attncc.build import sources_of
+from attncc.build import backward_sources_of, from_recipe, sources_of
 from attncc.ir.types import DType
 from attncc.plan.build import plan_attention
 from attncc.plan.nodes import ForwardPlan, Specialization, Target
@@ -294,7 +294,7 @@ def test_random_specs(data: st.DataObject, dtype: torch.dtype) -> None:
 def check_random(data: st.DataObject, dtype: torch.dtype) -> None:
     attention = data.draw(attentions())
     call = data.draw(calls(attention, dtype=dtype, longest=80, widest=33))
-    compiled = CompiledAttention(attention, "", TARGET, (), sources_of)
+    compiled = CompiledAttention(attention, "", TARGET, (), sources_of, backward_sources_of, from_recipe, "{}")
     lse = None
     if type(attention.normalizer).__name__ == "Elementwise":
         o = compiled(call.q, call.k, call.v, q_offset=call.q_offset, **call.inputs)

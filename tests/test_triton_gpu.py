@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from error_rule import check_kernel
+from test_triton_backward import ADJOINTS, SIZES, check_call, documents, random_operands
 from test_triton_forward import SPECS
 
 import attncc
@@ -98,6 +101,46 @@ def test_every_tile_of_the_tuning_set_gives_the_same(name: str, D: int) -> None:
     bound = Signature(attention).bind(q, k, v, None, named)
     expected = None
     for program, _ in tiled_programs(attention, bound, torch.bfloat16, D, arch_of(q.device)):
-        o, _ = program.run(q, k, v, bound, return_lse=False)
+        o, _ = program.run(q, k, v, bound, return_total=False)
         expected = o if expected is None else expected
         torch.testing.assert_close(o, expected, rtol=2e-2, atol=2e-2)
+
+
+# --- backward passes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@pytest.mark.parametrize("name", SPECS)
+def test_gradients(name: str, dtype: torch.dtype) -> None:
+    if dtype is torch.float64 and arch_of(torch.device("cuda")) in WITHOUT_F64:
+        pytest.skip("Triton has no products of f64 here")
+    spec, inputs, _ = SPECS[name]
+    sizes = replace(SIZES, B=2, H=4, HKV=2, M=700 if "doc[b, q_idx]" in spec else 500, N=700, D=64, E=64)
+    named = dict(inputs({"B": sizes.B, "H": sizes.H, "HKV": sizes.HKV, "M": sizes.M, "N": sizes.N}))
+    check_call(spec, dtype, random_operands(sizes), named, target=None, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("D", "E"), [(1, 3), (72, 40), (96, 33), (128, 128), (256, 256)])
+def test_gradients_of_widths(D: int, E: int, dtype: torch.dtype) -> None:
+    sizes = replace(SIZES, H=4, HKV=2, M=300, N=400, D=D, E=E)
+    check_call(SPECS["causal"][0], dtype, random_operands(sizes), {}, target=None, device="cuda")
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+def test_gradients_of_captured_tensors(name: str) -> None:
+    spec, shapes, _ = ADJOINTS[name]
+    generator = torch.Generator().manual_seed(2)
+    inputs = {tensor: 1 + 0.3 * torch.randn(shape, generator=generator) for tensor, shape in shapes.items()}
+    inputs |= documents(SIZES.N) if "doc" in spec else {}
+    check_call(spec, torch.float32, random_operands(SIZES), inputs, target=None, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_gradients_are_the_same_in_every_run(dtype: torch.dtype) -> None:
+    attn = attncc.build(SPECS["causal"][0])
+    q, k, v = (torch.randn(2, 8, 2048, 128, device="cuda", dtype=dtype, requires_grad=True) for _ in "qkv")
+    o = attn(q, k, v)
+    do = torch.randn_like(o)
+    first, second = (torch.autograd.grad(o, (q, k, v), do, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))

@@ -18,9 +18,10 @@ from attncc.emit.printers import printer_of
 from attncc.emit.render import render
 from attncc.emit.triton import TritonPrinter
 from attncc.emit.triton_names import RESERVED, name_of
-from attncc.ir.types import DType
+from attncc.ir.types import DType, Kind
+from attncc.plan.backward import plan_backward
 from attncc.plan.build import plan_attention
-from attncc.plan.nodes import ForwardPlan, KernelPlan, Program, Specialization, Target
+from attncc.plan.nodes import BackwardPlan, ForwardPlan, KernelPlan, Program, Specialization, Target
 from attncc.plan.triton_tiles import (
     MACHINES,
     WITHOUT_F64,
@@ -82,8 +83,16 @@ def test_division_is_corrected_only_where_it_must_be() -> None:
     assert "def attn_floordiv" in source and "def attn_mod" not in source
 
 
+def kernels(spec: str, **options: object) -> tuple[KernelPlan, ...]:
+    """The kernels of both passes; every captured tensor of floats wants a gradient."""
+    forward = program(spec, **options)  # type: ignore[arg-type]
+    wanted = frozenset(name for name, dtype in forward.specialization.tensors if dtype.kind is Kind.FLOAT)
+    attention = attncc.check(spec)
+    return (*forward.kernels, *plan_backward(attention, forward.specialization, forward.target, wanted).kernels)
+
+
 def sources(spec: str, **options: object) -> list[str]:
-    return [render(plan, printer_of(plan)) for plan in program(spec, **options).kernels]  # type: ignore[arg-type]
+    return [render(plan, printer_of(plan)) for plan in kernels(spec, **options)]
 
 
 SPECS = [
@@ -94,6 +103,10 @@ SPECS = [
     "attention a(s: f32[H]):\n    weight = softmax(score, sink=s[h])\n    q = rope(q, q_idx)\n    k = l2norm(k)\n",
     "attention a(g: f32[H]):\n    weight = sigmoid(score + g[h])\n    normalize = sum\n    mask = causal\n",
     "attention a(g: bool[N]):\n    weight = relu(score) ** 2\n    mask = g[kv_idx]\n",
+    """attention a(t: f32[M, 7], u: f32[N], c: f32[2]):
+    score = qk * u[kv_idx] + t[q_row, kv_idx % 7] + u[q_idx] + c[clamp(q_idx - kv_idx, 0, 1)]
+    mask = causal
+""",
 ]
 
 
@@ -122,11 +135,11 @@ def names_in(source: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_name_of_a_kernel_is_taken(spec: str) -> None:
-    for plan in program(spec, width=80).kernels:
+    for plan in kernels(spec, width=80):
         levels = ("call", "head", "key", "position", "position_element", "row_values")
-        levels += ("row",) if isinstance(plan, ForwardPlan) else ()
+        levels += ("row",) if isinstance(plan, ForwardPlan | BackwardPlan) else ()
         bindings = {binding.name for level in levels for binding in getattr(plan, level, ())}
-        staged = [getattr(plan, part, None) for part in ("score", "mask", "weight", "element")]
+        staged = [getattr(plan, part, None) for part in ("score", "mask", "weight", "element", "pair")]
         bindings |= {binding.name for part in staged if part is not None for binding in part.bindings}
         own = {parameter.name for parameter in plan.spec.parameters}
         derived = {f"{name}_{kind}_{axis}" for name in own for kind in ("size", "stride") for axis in range(4)}
@@ -144,14 +157,14 @@ def test_templates_know_nothing_but_their_plan() -> None:
     environment = jinja2.Environment(autoescape=False)
     plan = program(SPECS[0]).forward
     environment.filters.update(TritonPrinter(plan).filters())
-    for path in (FAMILY / f"{kernel}.py.jinja" for kernel in ("forward", "rows", "tiles")):
+    for path in (FAMILY / f"{kernel}.py.jinja" for kernel in ("forward", "rows", "tiles", "backward")):
         unknown = jinja2.meta.find_undeclared_variables(environment.parse(path.read_text(encoding="utf-8")))
         assert unknown <= {"plan"}, path
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_kernels_take_what_launchers_pass(spec: str) -> None:
-    for plan, source in zip(program(spec).kernels, sources(spec), strict=True):
+    for plan, source in zip(kernels(spec), sources(spec), strict=True):
         defined = {f.name: f for f in ast.parse(source).body if isinstance(f, ast.FunctionDef)}
         for function in functions_of(plan):
             arguments = tuple(argument.arg for argument in defined[function.name].args.args)

@@ -23,7 +23,7 @@ from attncc.emit.cpp_machine import (
     table_type,
     with_uses,
 )
-from attncc.emit.cpp_plan import expressions_of, levels_of
+from attncc.emit.cpp_plan import expressions_of, levels_of, own_axes, varying_partials
 from attncc.emit.cpp_rows import RowLevels, split_levels
 from attncc.emit.cpp_text import ATOM, BITS, COMPARISON, LEVELS, LOGIC, SUM, UNARY, Printed, tidy
 from attncc.ir.nodes import (
@@ -119,7 +119,10 @@ class CppPrinter:
             "staged": self.staged,
             "staged_values": self.staged_values,
             "varying_partials": varying_partials,
+            "place_axis": self.place_axis,
             "place_indices": self.place_indices,
+            "place_first": self.place_first,
+            "own_axes": own_axes,
             "takes_addresses": self.takes_addresses,
             "stored_type": lambda plan: ELEMENT_TYPES[plan.stored],
             "tidy": tidy,
@@ -223,9 +226,23 @@ class CppPrinter:
         return f"{mangle(plane.load.tensor)}.address({', '.join(texts)})"
 
     def place_indices(self, adjoint: Adjoint) -> str:
-        """The indices, for lane `i`, of the entry that the adjoint of a pair adds to."""
+        """The indices, for lane `i`, of the entry that a pair's adjoint adds to; of a plane, where its row begins."""
         assert adjoint.place is not None
-        return ", ".join(self._print(index).at_lane() for index in adjoint.place.indices)
+        texts = [self._print(index).at_lane() for index in adjoint.place.indices]
+        axis = self.place_axis(adjoint)
+        return ", ".join("0" if number == axis else text for number, text in enumerate(texts))
+
+    def place_axis(self, adjoint: Adjoint) -> int | None:
+        """The axis of the tensor of a pair's adjoint along which keys lie; None where it is no plane."""
+        assert self._definitions is not None
+        return None if adjoint.place is None else self._definitions.key_axis(adjoint.place)
+
+    def place_first(self, adjoint: Adjoint) -> str:
+        """The index, along the keys, of the key `key` in a plane."""
+        axis = self.place_axis(adjoint)
+        assert adjoint.place is not None
+        assert axis is not None
+        return self._print(adjoint.place.indices[axis]).text
 
     def takes_addresses(self, plan: KernelPlan) -> bool:
         """Whether the kernel asks where the elements of tensors lie."""
@@ -450,8 +467,3 @@ class CppPrinter:
             return value
         wide = value.wide and not self._lanes_are_wide(lanes=True)
         return Printed(f"splat({value.text})", value.kind, lanes=True, wide=wide)
-
-
-def varying_partials(plan: BackwardPlan) -> list[int]:
-    """Which derivatives of a pair's value are no constants: 0 is that by the product, 1 + i that of adjoint i."""
-    return [number for number, value in enumerate(plan.pair.values[1:]) if not isinstance(value, Constant)]

@@ -326,7 +326,9 @@ _FIELDS = frozenset(
     list_offsets list_entries list_stride_b list_stride_h list_counted
     """.split()
 )
-_NUMBERED = re.compile(r"(summary|summarized|fill_summary|range|adjoint|partial)_\d+|of_spec_\w+")
+_NUMBERED = re.compile(
+    r"(summary|summarized|fill_summary|range|(add_|store_)?adjoint|partial|places|(place|row|first)_of|sum)_\d+|of_spec_\w+"
+)
 
 
 @functools.cache

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import assert_never
 
 from attncc.emit.cpp_rows import RowLevels
-from attncc.ir.nodes import Expr
-from attncc.plan.nodes import BackwardPlan, Binding, ForwardPlan, KernelPlan, PairsPlan, RowsPlan, TilesPlan
+from attncc.ir.nodes import Constant, Expr, Index
+from attncc.plan.nodes import Adjoint, BackwardPlan, Binding, ForwardPlan, KernelPlan, PairsPlan, RowsPlan, TilesPlan
 
 
 def levels_of(plan: KernelPlan, row_levels: RowLevels | None) -> list[tuple[tuple[Binding, ...], str]]:
@@ -62,3 +62,14 @@ def expressions_of(plan: KernelPlan, row_levels: RowLevels | None) -> list[Expr]
         exprs += [e for r in plan.blocks.ranges for e in (r.lo, r.hi, r.full_lo, r.full_hi)]
         exprs += [plan.blocks.possible, plan.blocks.certain, *plan.blocks.summaries]
     return exprs
+
+
+def varying_partials(plan: BackwardPlan) -> list[int]:
+    """Which derivatives of a pair's value are no constants: 0 is that by the product, 1 + i that of adjoint i."""
+    return [number for number, value in enumerate(plan.pair.values[1:]) if not isinstance(value, Constant)]
+
+
+def own_axes(adjoint: Adjoint) -> dict[str, int]:
+    """The axes of what a pair's adjoint adds to along which each batch, query head or query has entries of its own."""
+    indices = () if adjoint.place is None else adjoint.place.indices
+    return {i.name: axis for axis, i in enumerate(indices) if isinstance(i, Index) and i.name in ("b", "h", "q_row")}

@@ -218,8 +218,8 @@ class Attention:
     scale        over b, h, hkv, q_idx, kv_idx, loads, parameters
     score        over those and `Hole("qk")`
     mask         bool, over coordinates, loads and parameters
-    dropout      what a weight is multiplied by after it has been divided; over coordinates and parameters. What rows are
-                 divided by does not change. No specification has one: `attncc.passes.dropout` gives it
+    dropout      what a weight is multiplied by after it has been divided; over coordinates and parameters. What rows
+                 are divided by does not change. No specification has one: `attncc.passes.dropout` gives it
     """
 
     name: str

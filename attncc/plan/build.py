@@ -386,8 +386,10 @@ def _choose_tile(attention: Attention, specialization: Specialization, target: T
     _, weight, _ = normalizer_parts(attention)
     clauses = (attention.score, attention.mask, *(() if weight is None else (weight,)))
     loads = [node for clause in clauses for node in walk(clause) if isinstance(node, Load)]
+    # Random numbers and logarithms of weights take as much room as what is read at every pair.
+    fills_pairs = attention.dropout is not None or specialization.statistics
     reads_pairs = any({"q", "kv"} <= variance(load) for load in loads)
-    return choose_triton_tile(target.arch, *sizes, reads_pairs=reads_pairs)
+    return choose_triton_tile(target.arch, *sizes, reads_pairs=reads_pairs or fills_pairs)
 
 
 # --- what a kernel reads --------------------------------------------------------------------------------------------

@@ -99,8 +99,8 @@ class Signature:
         """The arguments in the form in which kernels take them. Raises `Mismatch` where they do not fit."""
         try:
             sizes = operand_sizes(q, k, v)
-            offset = sizes.N - sizes.M if q_offset is None else python_number(q_offset)
-            if _type(offset) is not int or not -MAX_LENGTH <= offset <= MAX_LENGTH - sizes.M:
+            offset = python_number(sizes.N - sizes.M if q_offset is None else q_offset)
+            if _type(offset) is not int or not _lies_within(offset, -MAX_LENGTH, MAX_LENGTH - sizes.M):
                 raise Mismatch
             if not self.scalars and not self.tensors:
                 if inputs:
@@ -130,13 +130,24 @@ class Signature:
     def scalar(parameter: ScalarParameter, value: Any) -> Any:
         value = python_number(value)
         kind, given = parameter.kind, _type(value)
-        if given not in PYTHON_TYPES[kind] or (kind is Kind.INT and not INT_RANGE[0] <= value <= INT_RANGE[-1]):
+        if given not in PYTHON_TYPES[kind] or (
+            kind is Kind.INT and not _lies_within(value, INT_RANGE[0], INT_RANGE[-1])
+        ):
             raise Mismatch
         return torch.sym_float(value) if kind is Kind.FLOAT else value
 
 
 # Numbers that a tracer does not know yet, and what they stand for.
 _SYMBOLIC: dict[type, type] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
+
+
+def _lies_within(value: int | torch.SymInt, low: int, high: int) -> bool:
+    """Whether `value` does; where a tracer will only know when the program runs, it is to be asserted then."""
+    if isinstance(value, torch.SymInt):
+        torch._check(value >= low)  # noqa: SLF001
+        torch._check(value <= high)  # noqa: SLF001
+        return True
+    return low <= value <= high
 
 
 def _type(value: object) -> type:
@@ -157,12 +168,11 @@ def scalar_tensor(parameter: TensorParameter, value: Any, device: torch.device) 
     """A number as the 0-d tensor that `parameter` declares. Raises `Mismatch` for another kind, or one too large."""
     dtype = preferred_dtype(parameter)
     number = python_number(value)
-    if type(number) not in PYTHON_TYPES[dtype.kind]:
+    if _type(number) not in PYTHON_TYPES[dtype.kind]:
         raise Mismatch
-    tensor = torch.tensor(number, dtype=TORCH_DTYPES[dtype])
-    if dtype.kind is Kind.FLOAT and tensor.isinf() and not math.isinf(number):
+    if dtype.kind is Kind.FLOAT and not math.isinf(number) and abs(number) > torch.finfo(TORCH_DTYPES[dtype]).max:
         raise Mismatch
-    return tensor.to(device)
+    return torch.tensor(number, dtype=TORCH_DTYPES[dtype]).to(device)
 
 
 def operand_sizes(q: Tensor, k: Tensor, v: Tensor) -> Sizes:

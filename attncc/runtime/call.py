@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from attncc.passes.dropout import with_dropout
 from attncc.plan.nodes import Specialization, Target
 from attncc.runtime.arguments import DTYPES, Bound, Mismatch, Signature, preferred_dtype
 from attncc.runtime.dropout import bind_dropout, recipe_with_dropout
-from attncc.runtime.errors import NoLse
+from attncc.runtime.errors import NoLse, NotTraced
 from attncc.runtime.kernels import Kernels, MakeBackwardSources, MakeSources, Sources
 from attncc.runtime.operator import Variant, attend, register
 from attncc.runtime.refusals import by_position, reads_outside, refuse
 from attncc.runtime.statistics import bind_statistics, of_columns
-from attncc.runtime.tracing import cast_by_autocast, is_followed
+from attncc.runtime.tracing import cast_by_autocast, is_followed, lies_in_memory, without_modes
 
 
 class CompiledAttention:
@@ -44,11 +44,14 @@ class CompiledAttention:
         templates: Sequence[Path],
         make_sources: MakeSources,
         make_backward_sources: MakeBackwardSources,
+        from_recipe: Callable[[str], CompiledAttention],
         recipe: str,
     ) -> None:
         self.attention = attention
         self.text = text
         self.recipe = recipe
+        self._from_recipe = from_recipe
+        self._recipe_with_dropout = recipe_with_dropout(recipe)
         self.templates = tuple(templates)
         self._signature = Signature(attention)
         self.kernels = Kernels(attention, target, templates, make_sources, make_backward_sources)
@@ -63,6 +66,12 @@ class CompiledAttention:
         arguments = ", ".join(["q, k, v", *(["*", *inputs] if inputs else [])])
         target = "the device of q" if self.kernels.target is None else self.kernels.target
         return f"<CompiledAttention {self.attention.name}({arguments}) for {target}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._from_recipe, (self.recipe,)
+
+    def __deepcopy__(self, _: object) -> CompiledAttention:
+        return self  # Copies of a module that holds it share its kernels.
 
     def __call__(
         self,
@@ -97,16 +106,17 @@ class CompiledAttention:
             raise refuse(self._signature, {"q": q, "k": k, "v": v}, q_offset, inputs) from None
         if return_lse and not self._has_lse:
             raise CallError(NoLse(None, self.attention.name))
-        variant, recipe = self.variant, self.recipe
-        if dropout_p != 0.0 and (drawn := bind_dropout(dropout_p, seed)):
-            variant, recipe = self.dropped
+        drops, recipe = False, self.recipe
+        if (type(dropout_p) is not float or dropout_p != 0.0) and (drawn := bind_dropout(dropout_p, seed)):
+            drops, recipe = True, self._recipe_with_dropout
             bound = bound._replace(scalars={**bound.scalars, **drawn})
         if stats:
-            return self._with_statistics(variant, recipe, q, k, v, bound, return_lse, stats)
+            return self._with_statistics(drops, q, k, v, bound, return_lse, stats)
         if is_followed(q, k, v, bound):
-            o, lse = attend(recipe, variant, q, k, v, bound)
+            o, lse = attend(recipe, q, k, v, bound)
         else:
-            o, lse = variant.kernels.forward(q, k, v, bound, return_lse)
+            kernels = self.dropped.kernels if drops else self.kernels
+            o, lse = kernels.forward(q, k, v, bound, return_lse)
         if not return_lse:
             return o
         # A kernel of `normalize = sum` gives the sum itself.
@@ -114,8 +124,7 @@ class CompiledAttention:
 
     def _with_statistics(
         self,
-        variant: Variant,
-        recipe: str,
+        drops: bool,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -125,17 +134,19 @@ class CompiledAttention:
     ) -> Any:
         """What a call returns that asks for statistics."""
         names = bind_statistics(self.attention, stats)
-        followed = is_followed(q, k, v, bound)
+        if not lies_in_memory(q, k, v, bound):
+            raise CallError(NotTraced(None))
+        kernels = self.dropped.kernels if drops else self.kernels
         of_rows = "max" in names or "entropy" in names
         result: tuple[Tensor, Tensor | None] | None = None
-        if followed:
-            result = attend(recipe, variant, q, k, v, bound)
+        if is_followed(q, k, v, bound):
+            result = attend(self._recipe_with_dropout if drops else self.recipe, q, k, v, bound)
         found: dict[str, Tensor] = {}
-        with torch.no_grad():
+        with torch.no_grad(), without_modes():
             if of_rows:
-                o, lse, found["max"], found["entropy"] = variant.kernels.statistics(q, k, v, bound)
+                o, lse, found["max"], found["entropy"] = kernels.statistics(q, k, v, bound)
                 result = result or (o, lse)
-            result = result or variant.kernels.forward(q, k, v, bound, True)
+            result = result or kernels.forward(q, k, v, bound, True)
             o, lse = result
             if "column_sums" in names:
                 assert lse is not None
@@ -144,12 +155,12 @@ class CompiledAttention:
         return (o, lse, statistics) if return_lse else (o, statistics)
 
     @functools.cached_property
-    def dropped(self) -> tuple[Variant, str]:
-        """The same with dropout, and its recipe."""
+    def dropped(self) -> Variant:
+        """The same with dropout."""
         attention = with_dropout(self.attention)
-        variant, recipe = Variant(Signature(attention), self.kernels.of(attention)), recipe_with_dropout(self.recipe)
-        register(recipe, variant)
-        return variant, recipe
+        variant = Variant(Signature(attention), self.kernels.of(attention))
+        register(self._recipe_with_dropout, variant)
+        return variant
 
     @functools.cached_property
     def _columns(self) -> Kernels:
@@ -181,7 +192,7 @@ class CompiledAttention:
         if return_lse and not self._has_lse:
             raise CallError(NoLse(None, self.attention.name))
         attention = self.attention
-        if dropout_p != 0.0 and (drawn := bind_dropout(dropout_p, seed)):
+        if (type(dropout_p) is not float or dropout_p != 0.0) and (drawn := bind_dropout(dropout_p, seed)):
             attention = with_dropout(attention)
             bound = bound._replace(scalars={**bound.scalars, **drawn})
         try:

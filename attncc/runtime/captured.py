@@ -73,8 +73,9 @@ def _parts(
         assert found.delta is not None
         assert total is not None
         env = _environment(_AXES["row"], found.delta.shape, "H", bound, inputs)
-        # The share of the sink in each row's sum; a row that has no sum has no gradient.
-        share = torch.exp(torch_value(program.sink, env) - total).where(total > -torch.inf, 0.0)
+        # The share of the sink in each row's sum; a row that has no sum has no gradient, nor has an infinite sink.
+        sink = torch_value(program.sink, env)
+        share = torch.exp(sink - total).where((total != -torch.inf) & (sink != torch.inf), 0.0)
         yield program.sink, _AXES["row"], -share * found.delta, "H"
 
 
@@ -88,7 +89,7 @@ def _through(part: Expr, entries: Tensor, env: Environment, leaves: Mapping[str,
         return {}
     with torch.enable_grad():
         read = {name: leaves[name].detach().requires_grad_() for name in used}
-        env = replace(env, inputs={**env.inputs, **read}, read=_read)
+        env = replace(env, inputs={**env.inputs, **read}, read=_read, active=entries != 0)
         value = torch_value(part, env).broadcast_to(entries.shape)
         # What stands in a condition alone has gradient 0.
         leaves_read = [read[name] for name in used]

@@ -31,25 +31,24 @@ _DIGEST_BYTES = 32
 class CppKernel:
     """A compiled kernel.
 
-    fields   the names of the 8-byte slots that it takes, in order (`attncc.emit.cpp_machine.argument_fields`):
-             pointers and ints as int, floats as float
+    fields   the arguments that it takes, in order, each of one or more 8-byte slots: pointers and ints as int, floats
+             as float
     path     of its shared library
     """
 
     __slots__ = ("_library", "_pack", "_run", "fields", "path")
 
     def __init__(self, plan: KernelPlan, library: ctypes.CDLL, path: Path) -> None:
-        slots = [slot for field in argument_fields(plan) for slot in field.slots]
-        self.fields: tuple[str, ...] = tuple(name for name, _ in slots)
+        self.fields = argument_fields(plan)
         self.path = path
-        self._pack: Callable[..., bytes] = struct.Struct("".join(form for _, form in slots)).pack
+        self._pack: Callable[..., bytes] = struct.Struct("".join(form for f in self.fields for _, form in f.slots)).pack
         self._library = library
         self._run = library.attncc_run
         self._run.argtypes = (ctypes.c_char_p,)
         self._run.restype = ctypes.c_int
 
     def launch(self, values: Sequence[int | float]) -> None:
-        """Runs the kernel on `values`, one per field. The memory behind the pointers must live until it returns.
+        """Runs the kernel on `values`, one per slot. The memory behind the pointers must live until it returns.
 
         Raises MemoryError where the kernel cannot have the scratch memory that it needs.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from attncc.runtime.backward import Gradients
 from attncc.runtime.cpp import CppKernel, compile_kernel
 from attncc.runtime.programs import contiguous
 
-# Values of a kernel's 8-byte slots by name.
+# Values of a kernel's own 8-byte slots by name.
 Values = dict[str, int | float]
 
 
@@ -72,7 +72,7 @@ class CppBackward:
         for number, (adjoint, tensor) in enumerate(zip(plan.adjoints, adjoints, strict=True)):
             values |= _places(f"adjoint_{number}", tensor, keep) if adjoint.along == "pair" else {}
             values.setdefault(f"adjoint_{number}", tensor.data_ptr())
-        self._launch(plan.name, values)
+        self._launch(call, plan.name, values)
 
         row_adjoints = tuple(
             self._rows(call, part.rows, rows[part.rows.row], gradients[part.rows.row]) for part in program.row_adjoints
@@ -82,13 +82,18 @@ class CppBackward:
             gradients[row] = self._rows(call, transposed, rows[row], gradients[row])
         if program.operand_heads == "H":
             for row in ("k", "v"):
-                groups = gradients[row].unflatten(1, (bound.sizes.HKV, -1))
+                groups = gradients[row].unflatten(1, (bound.sizes.HKV, bound.sizes.H // max(bound.sizes.HKV, 1)))
                 gradients[row] = groups.sum(2, dtype=exact).to(q.dtype)
         return Gradients(gradients["q"], gradients["k"], gradients["v"], adjoints, row_adjoints, delta)
 
-    def _launch(self, name: str, values: Mapping[str, int | float]) -> None:
+    def _launch(self, call: _Call, name: str, own: Values) -> None:
         kernel: CppKernel = self._kernels[name]
-        kernel.launch([values[field] for field in kernel.fields])
+        slots: list[int | float] = []
+        for field in kernel.fields:
+            names = [slot for slot, _ in field.slots]
+            # The specification may use a name that the kernel uses too.
+            slots += call.captured[names[0]] if field.captured else [own[slot] for slot in names]
+        kernel.launch(slots)
 
     def _rows(self, call: _Call, plan: RowsPlan, x: Tensor, gradient: Tensor | None) -> Tensor:
         """What a rows kernel writes from the rows `x`, and from `gradient` where it reads one."""
@@ -100,7 +105,7 @@ class CppBackward:
         values = call.values(inner=False) | _operand("x", x) | {"y": y.data_ptr()}
         if gradient is not None:
             values["g"] = gradient.data_ptr()
-        self._launch(plan.name, values)
+        self._launch(call, plan.name, values)
         return y
 
     def _tables(self, call: _Call, plan: TilesPlan, keep: list[Tensor]) -> Values:
@@ -126,37 +131,37 @@ class CppBackward:
             offsets = torch.zeros(batches * heads * tiles_q + 1, dtype=torch.int64)
             keep.append(offsets)
             values |= {"list_offsets": offsets.data_ptr(), "list_entries": 0}
-        self._launch(plan.name, call.values(inner=True) | values)
+        self._launch(call, plan.name, call.values(inner=True) | values)
         if plan.blocks.strategy == "list":  # now their length is known
             keep.append(torch.empty(max(int(keep[-1][-1]), 1), dtype=torch.int32))
             values |= {"list_entries": keep[-1].data_ptr(), "list_counted": 1}
-            self._launch(plan.name, call.values(inner=True) | values)
+            self._launch(call, plan.name, call.values(inner=True) | values)
         return values
 
 
 class _Call:
     """The arguments of a call as kernels take them. inner: as those see it that read k and v after their transforms,
-    which may have written them once per query head."""
+    which may have written them once per query head. captured: the slots of each tensor and scalar of the
+    specification."""
 
     def __init__(self, bound: Bound, operand_heads: str) -> None:
         self.bound = bound
         self.sizes = bound.sizes
         self.inner = bound.sizes._replace(HKV=bound.sizes.H) if operand_heads == "H" else bound.sizes
-        self._captured: Values = {GROUP_SIZE: self.sizes.H // max(self.sizes.HKV, 1)} | bound.scalars
-        for name, tensor in bound.tensors.items():
-            self._captured |= _tensor(name, tensor)
+        scalars = bound.scalars | {GROUP_SIZE: self.sizes.H // max(self.sizes.HKV, 1)}
+        self.captured: dict[str, list[int | float]] = {name: [value] for name, value in scalars.items()}
+        self.captured |= {name: [*_tensor(name, tensor).values()] for name, tensor in bound.tensors.items()}
 
     def values(self, *, inner: bool) -> Values:
         sizes = self.inner if inner else self.sizes
         named = {name: getattr(sizes, name) for name in ("B", "H", "HKV", "M", "N")}
-        return {**self._captured, **named, "q_offset": self.bound.q_offset, "num_threads": torch.get_num_threads()}
+        return {**named, "q_offset": self.bound.q_offset, "num_threads": torch.get_num_threads()}
 
 
 def _tensor(name: str, tensor: Tensor) -> Values:
-    values: Values = {name: tensor.data_ptr()}
-    for axis, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        values |= {f"{name}_size_{axis}": size, f"{name}_stride_{axis}": stride}
-    return values
+    sizes = {f"{name}_size_{axis}": size for axis, size in enumerate(tensor.shape)}
+    strides = {f"{name}_stride_{axis}": stride for axis, stride in enumerate(tensor.stride())}
+    return {name: tensor.data_ptr(), **sizes, **strides}
 
 
 def _operand(name: str, tensor: Tensor) -> Values:

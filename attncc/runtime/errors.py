@@ -235,6 +235,18 @@ class NoStatistics(Diagnostic):
 
 
 @dataclass(frozen=True, slots=True)
+class NotTraced(Diagnostic):
+    code = "A0618"
+    title = "statistics are computed of tensors in memory only"
+    help = "leave out stats here: within torch.compile, torch.export, torch.func, fake tensors and tensor subclasses"
+    explanation = (
+        "What a call computes besides is no operator of PyTorch: nothing that traces or transforms a program sees it."
+    )
+    bad = 'torch.vmap(lambda q: attn(q, k, v, stats=("max",)))(q[None])'
+    good = 'attn(q, k, v, stats=("max",))'
+
+
+@dataclass(frozen=True, slots=True)
 class EmptyWidth(Diagnostic):
     code = "A0613"
     title = "`{name}` has rows of width 0"

@@ -88,7 +88,7 @@ class Kernels:
         return o, total
 
     def statistics(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """o and lse as `forward` gives them, with the greatest score and the entropy of each row (B, H, M). Of softmax."""
+        """For softmax: o and lse as `forward` gives them, the greatest score and the entropy of each row (B, H, M)."""
         sizes = bound.sizes
         key = ("statistics", q.dtype, sizes.D, sizes.E, q.device, *[x.dtype for x in bound.tensors.values()])
         program = self._forward.get(key) or self._compile(key, q, bound, statistics=True)

@@ -25,6 +25,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import _C, Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from attncc.diagnostics import CallError
@@ -35,6 +36,7 @@ from attncc.runtime.arguments import Bound, Mismatch, Signature
 from attncc.runtime.errors import NoDerivative
 from attncc.runtime.kernels import Kernels
 from attncc.runtime.refusals import refuse
+from attncc.runtime.tracing import without_modes
 
 _CALL = "str spec, Tensor q, Tensor k, Tensor v, Tensor[] tensors, SymInt[] ints, float[] floats, SymInt q_offset"
 _RESULTS = "Tensor o, Tensor total, Tensor do, Tensor? dtotal, bool[] wanted"
@@ -80,11 +82,15 @@ def variant_of(spec: str) -> Variant:
     return variant
 
 
-def attend(spec: str, variant: Variant, q: Tensor, k: Tensor, v: Tensor, bound: Bound) -> tuple[Tensor, Tensor]:
+def attend(spec: str, q: Tensor, k: Tensor, v: Tensor, bound: Bound) -> tuple[Tensor, Tensor]:
     """The operator `attend` on arguments that have been bound."""
-    scalars = variant.signature.scalars
-    ints = [bound.scalars[p.name] for p in scalars if p.kind is not Kind.FLOAT]
-    floats = [bound.scalars[p.name] for p in scalars if p.kind is Kind.FLOAT]
+    ints: list[int] = []
+    floats: list[float] = []
+    for value in bound.scalars.values():
+        if isinstance(value, float | torch.SymFloat):
+            floats.append(value)
+        else:
+            ints.append(int(value) if isinstance(value, bool) else value)
     return ATTEND(spec, q, k, v, list(bound.tensors.values()), ints, floats, bound.q_offset)
 
 
@@ -102,14 +108,13 @@ def _bind(
     q_offset: int,
 ) -> Bound:
     """Arguments of an operator as those of a call. They are checked again: an exported program passes what it is
-    given, and kernels read memory."""
-    tensors, ints, floats = (xs or () for xs in (tensors, ints, floats))  # AOTInductor has None for an empty list
-    inputs: dict[str, Any] = {p.name: tensor for p, tensor in zip(signature.tensors, tensors, strict=True)}
+    given, and kernels read memory. AOTInductor passes None for an empty list."""
+    inputs: dict[str, Any] = {p.name: tensor for p, tensor in zip(signature.tensors, tensors or (), strict=True)}
     exact = [p for p in signature.scalars if p.kind is not Kind.FLOAT]
-    inputs |= {p.name: number for p, number in zip(exact, ints, strict=True)}
+    inputs |= {p.name: number for p, number in zip(exact, ints or (), strict=True)}
     inputs |= {p.name: bool(inputs[p.name]) for p in exact if p.kind is Kind.BOOL}
     floating = [p for p in signature.scalars if p.kind is Kind.FLOAT]
-    inputs |= {p.name: number for p, number in zip(floating, floats, strict=True)}
+    inputs |= {p.name: number for p, number in zip(floating, floats or (), strict=True)}
     try:
         return signature.bind(q, k, v, q_offset, inputs)
     except Mismatch:
@@ -124,8 +129,7 @@ def _wide(x: Tensor) -> torch.dtype:
 def _attend(spec: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     variant = variant_of(spec)
     signature, kernels = variant.signature, variant.kernels
-    # A mode that changes what `torch.empty` means is no matter to the memory that kernels write to.
-    with _C.DisableTorchFunction():
+    with without_modes():
         o, total = kernels.forward(q, k, v, _bind(signature, q, k, v, *rest), True)
         return o, q.new_empty(0, dtype=_wide(q)) if total is None else total
 
@@ -139,14 +143,20 @@ def _attend_fake(spec: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tupl
     return o, q.new_empty((sizes.B, sizes.H, sizes.M) if divides else 0, dtype=_wide(q))
 
 
-def _backward(spec: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
+def _backward(spec: str, q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor] | None, *rest: Any) -> list[Tensor]:
+    if torch.is_inference_mode_enabled():  # Autograd, which captured tensors go through, takes no tensors of this mode.
+        with torch.inference_mode(mode=False):
+            return _backward(spec, q, k, v, [tensor.clone() for tensor in tensors or ()], *rest)
     variant = variant_of(spec)
     signature, kernels = variant.signature, variant.kernels
-    *arguments, o, total, do, dtotal, wanted = rest
-    with _C.DisableTorchFunction():
-        bound = _bind(signature, q, k, v, *arguments)
+    *numbers, o, total, do, dtotal, wanted = rest
+    with without_modes():
+        bound = _bind(signature, q, k, v, tensors, *numbers)
+        sizes = bound.sizes
         divides = not isinstance(kernels.attention.normalizer, Elementwise)
-        names = tuple(name for name, is_wanted in zip(bound.tensors, wanted, strict=True) if is_wanted)
+        assert o.shape == do.shape == (sizes.B, sizes.H, sizes.M, sizes.E)
+        assert not divides or all(x is None or x.shape == o.shape[:3] for x in (total, dtotal))
+        names = tuple(name for name, is_wanted in zip(bound.tensors, wanted or (), strict=True) if is_wanted)
         with _recording():
             dq, dk, dv, captured = kernels.backward(
                 q, k, v, bound, o, total if divides else None, do, dtotal if divides else None, names
@@ -185,8 +195,7 @@ class _Attend(_SingleLevelFunction):
         ctx: Any, keys: Any, call: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
         spec, *numbers = call
-        with _C._AutoDispatchBelowAutograd():
-            o, total = ATTEND.redispatch(keys, spec, q, k, v, list(tensors), *numbers)
+        o, total = _below_autograd(ATTEND, keys, spec, q, k, v, list(tensors), *numbers)
         ctx.save_for_backward(q, k, v, o, total, *tensors)
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -237,22 +246,30 @@ def _attend_autograd(
     keys: Any, spec: str, q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor] | None, *numbers: Any
 ) -> tuple[Tensor, Tensor]:
     with _at_one_level():
-        below = keys & _C._after_autograd_keyset
-        return _Attend.apply(below, (spec, *numbers), q, k, v, *(tensors or ()))  # type: ignore[attr-defined]
+        return _Attend.apply(keys, (spec, *numbers), q, k, v, *(tensors or ()))  # type: ignore[attr-defined]
 
 
 def _backward_autograd(
     keys: Any, spec: str, q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor] | None, *rest: Any
 ) -> list[Tensor]:
     def compute() -> list[Tensor]:
-        with _C._AutoDispatchBelowAutograd():
-            return ATTEND_BACKWARD.redispatch(keys & _C._after_autograd_keyset, spec, q, k, v, tensors, *rest)
+        return _below_autograd(ATTEND_BACKWARD, keys, spec, q, k, v, tensors, *rest)
 
     if not torch.is_grad_enabled():
         return compute()
     results = [x for x in rest if isinstance(x, Tensor)]
     with _at_one_level():
         return list(_Backward.apply(compute, spec, q, k, v, *(tensors or ()), *results))  # type: ignore[attr-defined]
+
+
+def _below_autograd(operator: Any, keys: Any, *arguments: Any) -> Any:
+    """The results of an operator at what comes after autograd: kernels, tracers, an outer level of `torch.func`."""
+    with _C._AutoDispatchBelowAutograd():
+        if not _C._are_functorch_transforms_active():
+            return operator.redispatch(keys & _C._after_autograd_keyset, *arguments)
+        # Recording is off within a `Function`; that of an outer level has to go on.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return operator.redispatch(keys & _C._after_autograd_keyset, *arguments)
 
 
 def _at_one_level() -> contextlib.AbstractContextManager[None]:

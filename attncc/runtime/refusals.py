@@ -217,7 +217,7 @@ def scalar_reasons(signature: Signature, inputs: Mapping[str, Any]) -> Iterator[
         number = _number_in(value)
         expected, advice = _ARTICLES[kind], "pass a Python number"
         if type(number) in PYTHON_TYPES[kind]:
-            if kind is Kind.INT and number not in INT_RANGE:
+            if kind is Kind.INT and not INT_RANGE[0] <= number <= INT_RANGE[-1]:
                 expected, advice = "an int that fits 32 bits", "2**30 is beyond every position"
             elif kind is Kind.FLOAT and not _is_float(number):
                 expected, advice = "a float that fits 64 bits", "float('inf') is beyond every number"

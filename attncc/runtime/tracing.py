@@ -21,11 +21,24 @@ _PLAIN: frozenset[type] = frozenset((Tensor, Parameter))
 
 def is_followed(q: Tensor, k: Tensor, v: Tensor, bound: Bound) -> bool:
     """Whether anything has to see this call as an operator of PyTorch rather than as what its kernels do to memory."""
+    if _C._len_torch_function_stack() or not lies_in_memory(q, k, v, bound):  # default devices
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        return True
+    for tensor in bound.tensors.values():  # noqa: SIM110 - `any` takes twice as long
+        if tensor.requires_grad:
+            return True
+    return False
+
+
+def lies_in_memory(q: Tensor, k: Tensor, v: Tensor, bound: Bound) -> bool:
+    """Whether the tensors are what they seem, and a kernel may read them."""
     if (
         is_dynamo_compiling()
         or _C._len_torch_dispatch_stack()  # FakeTensorMode, make_fx, counters of operations
         or _C._are_functorch_transforms_active()  # grad, vmap
-        or _C._len_torch_function_stack()  # default devices
         or _C._is_tracing()  # torch.jit.trace
         or forward_ad._current_level >= 0
         or type(q) not in _PLAIN
@@ -33,14 +46,16 @@ def is_followed(q: Tensor, k: Tensor, v: Tensor, bound: Bound) -> bool:
         or type(v) not in _PLAIN
         or q.is_meta
     ):
-        return True
-    grad = torch.is_grad_enabled()
-    if grad and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return True
-    for tensor in bound.tensors.values():  # noqa: SIM110 - `any` takes twice as long
-        if type(tensor) not in _PLAIN or (grad and tensor.requires_grad):
-            return True
-    return False
+        return False
+    for tensor in bound.tensors.values():  # noqa: SIM110
+        if type(tensor) not in _PLAIN:
+            return False
+    return True
+
+
+def without_modes() -> Any:
+    """A context in which `torch.empty` gives memory where a kernel wants it, whatever the default device."""
+    return _C.DisableTorchFunction()
 
 
 def cast_by_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

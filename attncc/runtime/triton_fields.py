@@ -101,7 +101,8 @@ class Function:
     def constexprs(self, variant: Variant) -> dict[str, int | bool]:
         """Values of the compile-time parameters."""
         last = [field.name for field in self.fields if field.role is Role.LAST_STRIDE]
-        units = {name: 1 for name, is_unit in zip(last, variant.unit, strict=True) if is_unit}
+        # A function that takes no captured tensors has no use for what is known of them.
+        units = {name: 1 for name, is_unit in zip(last, variant.unit, strict=bool(last)) if is_unit}
         packed = {f.name: f.packed for f in self.fields if variant.packed and f.packed is not None}
         return {**units, **packed, **dict(self.constants)}
 

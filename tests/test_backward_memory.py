@@ -1,0 +1,30 @@
+"""A step of training takes memory linear in the length, with one head too, where a head's queries are shared out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+STEP = """
+import resource, sys
+import torch
+import attncc
+
+attn = attncc.build("attention local():\\n    mask = causal and q_idx - kv_idx < 256\\n")
+
+def step(length):
+    q, k, v = (torch.randn(1, 1, length, 32, requires_grad=True) for _ in range(3))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    attn(q, k, v).sum().backward()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+step(256)  # compiles
+print(step(100_000))
+"""
+
+
+def test_memory_is_some_times_that_of_the_operands() -> None:
+    run = subprocess.run([sys.executable, "-c", STEP], check=True, capture_output=True, text=True)
+    operand = 100_000 * 32 * 4
+    # o, do, dq, dk, dv, k and v as the kernel reads them, and sums of dk and dv: ten operands and a little.
+    assert int(run.stdout) < 16 * operand
