@@ -24,7 +24,7 @@ class NoRecurrentKernel(Diagnostic):
 
 @dataclass(frozen=True, slots=True)
 class RecurrentHeads(Diagnostic):
-    code = "A0618"
+    code = "A0620"
     title = "`{name}` has {found} heads, which do not divide {heads}"
     help = "the greatest number of heads of q, k and v is that of the states; each of them must divide it"
     explanation = (
