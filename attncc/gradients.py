@@ -39,9 +39,11 @@ def compare_gradients(
 
     exact = _leaves(q, k, v, inputs, torch.float64)
     of_exact = _arguments(inputs, exact)
-    oracle, lse = evaluate(attention, exact["q"], exact["k"], exact["v"], of_exact, q_offset)
-    oracles = _gradients(oracle, exact, do.double(), keep=True)
-    terms = _gradients(undivided(oracle, lse), exact, do.double())
+    oracle, _ = evaluate(attention, exact["q"], exact["k"], exact["v"], of_exact, q_offset)
+    oracles = _gradients(oracle, exact, do.double())
+    # What these are differences of: weights times the sizes of do and v, before anything cancels.
+    sized = evaluate(attention, exact["q"], exact["k"], exact["v"].abs(), of_exact, q_offset)
+    terms = _gradients(undivided(*sized), exact, do.double().abs())
 
     plain = _leaves(q, k, v, inputs, None)
     # Captured floats are widened before anything is computed of them, as in a kernel.
@@ -76,9 +78,9 @@ def _arguments(inputs: Mapping[str, Any], leaves: Gradients) -> dict[str, Any]:
     return {name: leaves.get(name, x) for name, x in inputs.items()}
 
 
-def _gradients(o: Tensor, leaves: Gradients, do: Tensor, *, keep: bool = False) -> Gradients:
-    """The gradient of each leaf; zeros where o does not depend on it. keep: the graph is needed once more."""
+def _gradients(o: Tensor, leaves: Gradients, do: Tensor) -> Gradients:
+    """The gradient of each leaf; zeros where o does not depend on it."""
     if not o.requires_grad:
         return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    found = torch.autograd.grad(o, tuple(leaves.values()), do, retain_graph=keep, materialize_grads=True)
+    found = torch.autograd.grad(o, tuple(leaves.values()), do, materialize_grads=True)
     return dict(zip(leaves, found, strict=True))

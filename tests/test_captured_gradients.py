@@ -31,8 +31,8 @@ def check(spec: str, **captured: Tensor) -> Tensor:
     q, k, v = (torch.randn(1, H, n, D, generator=generator, dtype=F64) for n in (M, N, N))
     attn = attncc.build(spec)
     t = captured["t"].requires_grad_()
-    (found,) = torch.autograd.grad(attn(q, k, v, t=t).square().sum(), t)
-    (exact,) = torch.autograd.grad(attn.reference(q, k, v, t=t).square().sum(), t)
+    (found,) = torch.autograd.grad(attn(q, k, v, **captured).square().sum(), t)
+    (exact,) = torch.autograd.grad(attn.reference(q, k, v, **captured).square().sum(), t)
     torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-12)
     return found
 
@@ -64,3 +64,9 @@ def test_no_heads_at_all() -> None:
     attn = attncc.build("attention a(t: float[H, D]):\n    k = k * t[h, :]\n")
     found = torch.autograd.grad(attn(q, k, v, t=t).sum(), (q, k, v, t))
     assert [x.shape for x in found] == [x.shape for x in (q, k, v, t)]
+
+
+def test_an_index_may_need_more_bits_than_the_tensor_that_it_is_computed_of() -> None:
+    doc = torch.arange(N, dtype=torch.int32) * 30_011
+    t = torch.rand(50, generator=torch.Generator().manual_seed(1), dtype=F64)
+    check("attention a(t: float[50], doc: int[N]):\n    score = qk + t[doc[kv_idx] * 70000 % 50]\n", t=t, doc=doc)

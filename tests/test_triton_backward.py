@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,24 @@ from error_rule import same_dtype_formula
 from formulas import VARIANTS, Sizes
 from gradients import assert_gradients, gradients
 from torch import Tensor
+from triton.runtime import interpreter as base
 
 import attncc
 from attncc.build import check
+from attncc.emit.printers import printer_of
+from attncc.emit.render import render
 from attncc.ir.nodes import Attention
+from attncc.ir.types import DType
 from attncc.plan.backward import plan_backward
-from attncc.plan.nodes import Target
+from attncc.plan.nodes import Specialization, Target
 from attncc.reference import evaluate
+from attncc.runtime import triton_backward
 from attncc.runtime.arguments import Signature
+from attncc.runtime.interpreter import Builder
 from attncc.runtime.kernels import specialization_of
+from attncc.runtime.triton_aot import compile_ahead
+from attncc.runtime.triton_backward import BackwardKernels
+from attncc.runtime.triton_fields import Function
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TARGET = "triton:interpret"
@@ -313,6 +322,108 @@ def test_kept_pairs_follow_the_mathematics(spec: str, odd: float) -> None:
     do = torch.randn(SIZES.B, SIZES.H, SIZES.M, SIZES.E, generator=torch.Generator().manual_seed(4))
     do[0, 1, 140, 2] = odd
     check_call(spec, F32, operands, {}, do=do, with_lse=False)
+
+
+# --- the same in every run --------------------------------------------------------------------------------------------
+
+GATHERS: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
+    "bias of all heads": (
+        "attention a(t: f32[M, N]):\n    score = qk + t[q_row, kv_idx]\n    mask = causal\n",
+        {"t": (150, 300)},
+    ),
+    "table": ("attention a(t: f32[4, 4]):\n    score = qk + t[q_idx % 4, kv_idx % 4]\n", {"t": (4, 4)}),
+    "two tables": (
+        """attention a(t: f32[HKV, 4], u: f32[9], w: f32[H], doc: i32[N]):
+    score = qk * w[h] + t[hkv, (q_idx + doc[kv_idx] * 1000000007) % 4] - u[(q_idx + 2 * kv_idx) % 9]
+    mask = doc[q_idx] == doc[kv_idx]
+""",
+        {"t": (2, 4), "u": (9,), "w": (4,)},
+    ),
+}
+GATHER_SIZES = Sizes(B=2, H=4, HKV=2, M=150, N=300, D=16, E=24)
+
+
+@pytest.fixture
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Under `use_deterministic_algorithms`, three programs at a time. The functions of backward passes that run."""
+    monkeypatch.setattr(triton_backward, "_APART_BYTES", 3 * 128 * GATHER_SIZES.N * 4)
+    run, labels = BackwardKernels._run, []
+
+    def recorded(self: BackwardKernels, function: Function, *rest: Any) -> None:
+        labels.append(function.label)
+        run(self, function, *rest)
+
+    monkeypatch.setattr(BackwardKernels, "_run", recorded)
+    torch.use_deterministic_algorithms(True)
+    yield labels
+    torch.use_deterministic_algorithms(False)
+
+
+def gathered_inputs(name: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    inputs = {tensor: torch.randn(shape, generator=generator) for tensor, shape in GATHERS[name][1].items()}
+    return inputs | (documents(GATHER_SIZES.N) if "doc" in GATHERS[name][0] else {})
+
+
+def last_program_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def turned(self: Builder, x: int, y: int, z: int) -> None:
+        base.InterpreterBuilder.set_grid_idx(self, self.grid_dim[0] - 1 - x, y, z)
+
+    monkeypatch.setattr(Builder, "set_grid_idx", turned)
+
+
+@pytest.mark.parametrize("name", GATHERS)
+def test_gathers_are_sorted_on_request(name: str, deterministic: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the order of programs."""
+    spec, inputs = GATHERS[name][0], gathered_inputs(name)
+    first = check_spec(spec, sizes=GATHER_SIZES, inputs=inputs)
+    assert deterministic.count("a_backward_dq[SORTED]") == (6 if name != "two tables" else 16)
+    assert "a_backward_dq" not in deterministic
+    last_program_first(monkeypatch)
+    second = check_spec(spec, sizes=GATHER_SIZES, inputs=inputs)
+    assert all(torch.equal(first[x], second[x]) for x in first)
+
+
+def test_gathers_are_not_sorted_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And then their sums depend on the order of programs."""
+    spec, inputs = GATHERS["table"][0], gathered_inputs("table")
+    first = check_spec(spec, sizes=GATHER_SIZES, inputs=inputs)
+    last_program_first(monkeypatch)
+    second = check_spec(spec, sizes=GATHER_SIZES, inputs=inputs)
+    assert [x for x in first if not torch.equal(first[x], second[x])] == ["t"]
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize(("M", "N"), [(0, 5), (5, 0), (1, 3)])
+def test_sorted_gathers_of_short_sequences(M: int, N: int) -> None:
+    sizes = Sizes(B=2, H=2, HKV=1, M=M, N=N, D=8, E=8)
+    check_spec(GATHERS["table"][0], sizes=sizes, inputs=gathered_inputs("table"))
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_sorted_gathers_leave_out_what_stands_at_masked_pairs() -> None:
+    spec = "attention a(t: f32[4, 4]):\n    score = qk + t[q_idx % 4, kv_idx % 4]\n    mask = kv_idx != 7\n"
+    attn = attncc.build(spec, target=TARGET)
+    operands = random_operands(SIZES)
+    do = torch.randn(SIZES.B, SIZES.H, SIZES.M, SIZES.E, generator=torch.Generator().manual_seed(4))
+
+    def found() -> dict[str, Tensor]:
+        return gradients(lambda named: (attn(**named), None), {**operands, **gathered_inputs("table")}, do)
+
+    clean = found()
+    operands["k"][:, :, 7] = operands["v"][:, :, 7] = torch.nan
+    odd = found()
+    assert all(torch.equal(clean[x], odd[x]) for x in clean)
+
+
+@SLOW
+def test_sorted_gathers_compile() -> None:
+    attention = attncc.check(GATHERS["two tables"][0])
+    tensors = tuple((tensor.name, tensor.dtypes[0]) for tensor in attention.tensors)
+    specialization = Specialization(DType.BF16, 64, 64, tensors)
+    plan = plan_backward(attention, specialization, Target("triton", "sm_90"), frozenset("tuw")).backward
+    functions = compile_ahead(plan, render(plan, printer_of(plan)), "sm_90")
+    assert functions["a_backward_dq[SORTED]"].products == functions["a_backward_dq"].products > 0
 
 
 def test_in_every_run_the_same() -> None:

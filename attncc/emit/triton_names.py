@@ -32,9 +32,9 @@ _KERNEL_NAMES = """
     row_max entropy row_max_i h_i raised log2_p log2_sink
     i begin end count entry partial list_offsets list_tiles list_counts list_stride_b list_stride_h list_row
     table value values live full place
-    do upstream dq dk dv total dtotal delta strange_programs STRANGE DTOTAL LOG2_E
+    do upstream dq dk dv total dtotal delta strange_programs STRANGE SORTED DTOTAL LOG2_E
     do_start do_head q_head total_start delta_start at_m total_m delta_m share_m dtotal_m dp df ds
-    tiles_n shift out_start upstream_rows column upper turned member
+    tiles_n shift out_start upstream_rows column upper turned member first_program
 """
 _NUMBERED = re.compile(
     r"attn_\w+"

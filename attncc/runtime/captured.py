@@ -35,7 +35,7 @@ def captured_gradients(
     program: BackwardProgram, bound: Bound, found: Gradients, total: Tensor | None, wanted: Sequence[str]
 ) -> dict[str, Tensor]:
     """The gradient of each captured tensor in `wanted`, in its type and shape."""
-    inputs = _widened(program, bound)
+    inputs = _widened(bound, torch.float64 if program.specialization.dtype is DType.F64 else torch.float32)
     leaves = {name: inputs[name].detach().contiguous() for name in wanted}
     sums = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     for part, axes, entries, heads in _parts(program, bound, inputs, found, total):
@@ -52,10 +52,22 @@ def captured_gradients(
     return {name: gradient.to(bound.tensors[name].dtype) for name, gradient in sums.items()}
 
 
-def _widened(program: BackwardProgram, bound: Bound) -> dict[str, Any]:
-    """The inputs of the call, floats in the type that kernels compute in."""
-    wide = torch.float64 if program.specialization.dtype is DType.F64 else torch.float32
-    tensors = {name: x.to(wide) if x.is_floating_point() else x for name, x in bound.tensors.items()}
+def add_where_read(sums: Tensor, load: Load, entries: Tensor, coordinates: Mapping[str, Tensor], bound: Bound) -> None:
+    """Adds the entry of each pair to the element of `sums`, contiguous, that `load` reads there. The coordinates
+    broadcast to the shape of `entries`. The same in every run."""
+    if sums.numel() == 0 or entries.numel() == 0:
+        return
+    read = {node.tensor for index in load.indices for node in walk(index) if isinstance(node, Load)}
+    needed = bound._replace(tensors={name: bound.tensors[name] for name in read})
+    env = _environment_at(coordinates, bound, _widened(needed, entries.dtype), entries.dtype)
+    places = [torch_value(index, env).clamp(0, size - 1) for index, size in zip(load.indices, sums.shape, strict=True)]
+    _add_at(sums, _flat(places, sums), entries.to(sums.dtype))
+
+
+def _widened(bound: Bound, wide: torch.dtype) -> dict[str, Any]:
+    """The inputs of the call: floats in the type that kernels compute in, ints with room for what comes of them."""
+    types = {torch.bool: torch.bool, torch.int32: torch.int64, torch.int64: torch.int64}
+    tensors = {name: x.to(types.get(x.dtype, wide)) for name, x in bound.tensors.items()}
     return {**bound.scalars, **tensors, GROUP_SIZE: bound.sizes.H // max(bound.sizes.HKV, 1)}
 
 
@@ -99,10 +111,25 @@ def _through(part: Expr, entries: Tensor, env: Environment, leaves: Mapping[str,
 
 def _read(tensor: Tensor, places: Sequence[Tensor]) -> Tensor:
     """An element of a tensor, with a gradient that is the same in every run."""
+    return _Read.apply(tensor, _flat(places, tensor))  # type: ignore[no-any-return]
+
+
+def _flat(places: Sequence[Tensor], tensor: Tensor) -> Tensor:
+    """Indices of the flattened tensor."""
     flat = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for place, stride in zip(places, tensor.contiguous().stride(), strict=True):
         flat = flat + place * stride
-    return _Read.apply(tensor, flat)  # type: ignore[no-any-return]
+    return flat
+
+
+def _add_at(sums: Tensor, places: Tensor, values: Tensor) -> None:
+    """sums.flatten()[places] += values, where places may come several times; the same in every run."""
+    places, values, sums = places.expand(values.shape).flatten(), values.flatten(), sums.view(-1)
+    # One after the other on a CPU, sorted on a GPU.
+    if values.device.type == "cpu":
+        sums.index_add_(0, places, values)
+    else:
+        sums.index_put_((places,), values, accumulate=True)
 
 
 class _Read(torch.autograd.Function):
@@ -117,14 +144,9 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (places,) = ctx.saved_tensors
-        places, values = places.expand(gradient.shape).flatten(), gradient.flatten()
-        result = torch.zeros(ctx.shape.numel(), dtype=gradient.dtype, device=gradient.device)
-        # One after the other on a CPU, sorted on a GPU.
-        if gradient.device.type == "cpu":
-            result.index_add_(0, places, values)
-        else:
-            result.index_put_((places,), values, accumulate=True)
-        return result.reshape(ctx.shape), None
+        result = torch.zeros(ctx.shape, dtype=gradient.dtype, device=gradient.device)
+        _add_at(result, places, gradient)
+        return result, None
 
 
 def _sum(entries: Tensor, axes: list[int]) -> Tensor:
@@ -138,8 +160,6 @@ def _environment(
     axes: Sequence[str], shape: torch.Size, heads: str, bound: Bound, inputs: Mapping[str, Any]
 ) -> Environment:
     """The coordinates along `axes`, each from 0 on; 0 where there is no such axis."""
-    sizes = bound.sizes
-    group = inputs[GROUP_SIZE]
     device = next(iter(bound.tensors.values())).device
 
     def along(name: str) -> Tensor:
@@ -148,21 +168,26 @@ def _environment(
         axis = axes.index(name)
         return torch.arange(shape[axis], device=device).reshape([-1 if i == axis else 1 for i in range(len(axes))])
 
-    head = along("h") if heads == "H" else along("h") * group
-    row = along("distance") - (sizes.N - 1) if "distance" in axes else along("q")  # distances are from key 0
-    indices = {
+    coordinates = {
         "b": along("b"),
-        "h": head,
-        "hkv": head // max(group, 1),
-        "q_row": row,
-        "q_idx": row + bound.q_offset,
+        "h": along("h") if heads == "H" else along("h") * inputs[GROUP_SIZE],
+        "q_row": along("distance") - (bound.sizes.N - 1) if "distance" in axes else along("q"),  # from key 0
         "kv_idx": along("kv"),
         "d": along("d"),
     }
     floating = next(x.dtype for x in inputs.values() if isinstance(x, Tensor) and x.is_floating_point())
+    return _environment_at(coordinates, bound, inputs, floating)
+
+
+def _environment_at(
+    coordinates: Mapping[str, Tensor], bound: Bound, inputs: Mapping[str, Any], floating: torch.dtype
+) -> Environment:
+    """What follows from b, h, q_row and kv_idx (and d, in rows)."""
+    head, row = coordinates["h"], coordinates["q_row"]
+    indices = {**coordinates, "hkv": head // max(inputs[GROUP_SIZE], 1), "q_idx": row + bound.q_offset}
     return Environment(
         indices=indices,
-        sizes={**sizes._asdict(), "q_offset": bound.q_offset},
+        sizes={**bound.sizes._asdict(), "q_offset": bound.q_offset},
         inputs=inputs,
         holes={},
         floating=floating,

@@ -5,6 +5,7 @@ transforms of rows ─▶ tables of tiles ─▶ delta ─▶ dk and dv, dq, sum
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attncc.emit.triton_facts import block_rows, delta_rows, diagonal_block
+from attncc.emit.triton_facts import block_rows, delta_rows, diagonal_block, longest_first
+from attncc.ir.nodes import Load
 from attncc.plan.nodes import GROUP_SIZE, Adjoint, BackwardPlan, BackwardProgram, RowsPlan, TilesPlan, TritonTile
 from attncc.runtime.arguments import TORCH_DTYPES, Bound, Sizes
 from attncc.runtime.backward import Gradients
+from attncc.runtime.captured import add_where_read
 from attncc.runtime.triton import (
     NO_TABLES,
     LoadedModule,
@@ -27,6 +30,9 @@ from attncc.runtime.triton import (
     size_arguments,
 )
 from attncc.runtime.triton_fields import ADJOINTS_OF, Function
+
+# Bytes of what pairs add to elements that they have gathered, where it is kept apart before it is added up.
+_APART_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +131,11 @@ class BackwardKernels:
         self.plan = plan
         self.module = module
         self.block_m, self.block_n = plan.tile.block_m, plan.key_tile.block_n
+        self._gathered = {
+            number: adjoint.part
+            for number, adjoint in enumerate(plan.adjoints)
+            if adjoint.along == "pair" and isinstance(adjoint.part, Load)
+        }
         self.functions = {function.label.removeprefix(f"{plan.name}_"): function for function in module.functions}
 
     def delta(self, o: Tensor, do: Tensor, total: Tensor | None, dtotal: Tensor | None) -> Tensor | None:
@@ -155,20 +166,66 @@ class BackwardKernels:
         sizes = pairs.sizes
         dq = _empty(pairs.q, sizes.B, sizes.H, sizes.M, sizes.D)
         sums: dict[int, Tensor] = {}
-        arguments: list[Any] = []
-        for number, adjoint in self._adjoints("dq"):
-            if adjoint.along == "pair":
-                assert adjoint.place is not None
-                read = pairs.bound.tensors[adjoint.place.tensor]
+        for number, _ in self._adjoints("dq"):
+            if number in self._gathered:
+                read = pairs.bound.tensors[self._gathered[number].tensor]
                 sums[number] = torch.zeros(read.shape, dtype=pairs.wide, device=read.device)
-                arguments += [sums[number] if read.numel() else sums[number].new_zeros(1), *sums[number].stride()]
             else:
                 sums[number] = _empty(pairs.q, sizes.B, sizes.H, sizes.M, dtype=pairs.wide)
-                arguments.append(sums[number])
         programs = sizes.B * sizes.H * -(-sizes.M // self.block_m)
-        self._run_twice("dq", programs, pairs, (dq,), arguments, [*_table_arguments(tables), *_list_arguments(tables)])
+        table_arguments = [*_table_arguments(tables), *_list_arguments(tables)]
+        if self._gathered and torch.are_deterministic_algorithms_enabled():
+            self._dq_sorted(programs, pairs, dq, sums, table_arguments)
+        else:
+            self._run_twice("dq", programs, pairs, (dq,), self._dq_sums(sums), table_arguments)
         heads = {number for number, adjoint in self._adjoints("dq") if adjoint.along == "head"}
         return dq, {number: _sum_of_rows(x) if number in heads else x for number, x in sums.items()}
+
+    def _dq_sorted(
+        self, programs: int, pairs: Pairs, dq: Tensor, sums: Mapping[int, Tensor], tables: Sequence[Any]
+    ) -> None:
+        """`dq` in chunks of programs that keep apart what each pair adds to the elements that it has gathered. It is
+        added to them here, in an order that is the same in every run; one after the other, and so in float64."""
+        outputs = self._outputs(programs, pairs, (dq,))
+        shape = (self.block_m, pairs.sizes.N)
+        bytes_of_program = len(self._gathered) * math.prod(shape) * pairs.wide.itemsize
+        exact = {number: sums[number].double() for number in self._gathered}
+        step = max(_APART_BYTES // max(bytes_of_program, 1), 1)
+        for first in range(0, programs, step):
+            count = min(step, programs - first)
+            apart = {number: pairs.q.new_zeros(count, *shape, dtype=pairs.wide) for number in self._gathered}
+            self._visit("dq[SORTED]", count, pairs, outputs, self._dq_sums(sums, apart, first), tables)
+            coordinates = self._coordinates(range(first, first + count), pairs)
+            for number, load in self._gathered.items():
+                add_where_read(exact[number], load, apart[number], coordinates, pairs.bound)
+        for number, total in exact.items():
+            sums[number].copy_(total)
+        if self.plan.mask is not None:
+            self._visit("dq[STRANGE]", programs, pairs, outputs, self._dq_sums(sums), tables)
+
+    def _dq_sums(
+        self, sums: Mapping[int, Tensor], apart: Mapping[int, Tensor] | None = None, first_program: int = 0
+    ) -> list[Any]:
+        """The arguments of `dq` that it adds to, and where it gathers, which program of all is the launch's first."""
+        arguments: list[Any] = []
+        for number, x in sums.items():
+            arguments.append((apart or {}).get(number, x if x.numel() else x.new_zeros(1)))
+            arguments += x.stride() if number in self._gathered else ()
+        return [*arguments, first_program] if self._gathered else arguments
+
+    def _coordinates(self, programs: range, pairs: Pairs) -> dict[str, Tensor]:
+        """Those of the pairs of some programs of `dq`: (programs, BLOCK_M, N). Rows past the last one repeat it."""
+        sizes, device = pairs.sizes, pairs.q.device
+        tiles = -(-sizes.M // self.block_m)
+        program = torch.arange(programs.start, programs.stop, device=device)[:, None, None]
+        tile = tiles - 1 - program % tiles if longest_first(self.plan.blocks) else program % tiles
+        row = tile * self.block_m + torch.arange(self.block_m, device=device)[:, None]
+        return {
+            "b": program // tiles // sizes.H,
+            "h": program // tiles % sizes.H,
+            "q_row": row.clamp(max=sizes.M - 1),
+            "kv_idx": torch.arange(sizes.N, device=device),
+        }
 
     def diagonals(self, pairs: Pairs) -> dict[int, Tensor]:
         """The adjoints along diagonals by their number."""
@@ -198,13 +255,30 @@ class BackwardKernels:
         tables: Sequence[Any],
     ) -> None:
         """Where there is a mask, the second launch visits the programs again that met infinite or missing values."""
+        outputs = self._outputs(programs, pairs, outputs)
+        self._visit(name, programs, pairs, outputs, sums, tables)
+        if self.plan.mask is not None:
+            self._visit(f"{name}[STRANGE]", programs, pairs, outputs, sums, tables)
+
+    def _outputs(self, programs: int, pairs: Pairs, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What a kernel of two visits writes: where there is a mask, also which programs to visit again."""
         if self.plan.mask is None:
-            self._run(self.functions[name], programs, self._arguments(pairs, outputs, sums, tables), pairs, outputs)
-            return
-        strange = torch.empty(programs, dtype=torch.int32, device=pairs.q.device)
-        arguments = self._arguments(pairs, (*outputs, strange), sums, tables)
-        for revisit, label in ((False, name), (True, f"{name}[STRANGE]")):
-            self._run(self.functions[label], programs, [*arguments, revisit], pairs, outputs)
+            return outputs
+        return (*outputs, torch.empty(programs, dtype=torch.int32, device=pairs.q.device))
+
+    def _visit(
+        self,
+        label: str,
+        programs: int,
+        pairs: Pairs,
+        outputs: Sequence[Tensor],
+        sums: Sequence[Any],
+        tables: Sequence[Any],
+    ) -> None:
+        function = self.functions[label]
+        constants = [value for _, value in function.constants]
+        arguments = [*self._arguments(pairs, outputs, sums, tables), *constants]
+        self._run(function, programs, arguments, pairs, outputs)
 
     def _arguments(
         self, pairs: Pairs, outputs: Sequence[Tensor], sums: Sequence[Any], tables: Sequence[Any]

@@ -6,10 +6,10 @@ named here as in the templates; a template from outside has to keep to them, whi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import assert_never
+from typing import TypeAlias, assert_never
 
 from attncc.emit.triton_names import name_of
 from attncc.ir.types import DType, Kind
@@ -25,6 +25,8 @@ TYPES = {
     DType.F64: "fp64",
 }
 
+# Compile-time constants of a function, by name.
+Constants: TypeAlias = tuple[tuple[str, bool], ...]
 
 # Which adjoints each function of a backward module adds up.
 ADJOINTS_OF = {"dkdv": ("column",), "dq": ("head", "row", "pair"), "diagonals": ("diagonal",)}
@@ -74,7 +76,7 @@ class Function:
 
     name: str
     fields: tuple[Field, ...]
-    constants: tuple[tuple[str, bool], ...] = ()
+    constants: Constants = ()
     num_warps: int = 4
     num_stages: int = 2
 
@@ -185,17 +187,29 @@ def _backward_functions(plan: BackwardPlan) -> Iterator[Function]:
         fields = (*operands, *sums, *_strides({"o": None, "do": plan.head_dim_v}), *sizes)
         yield from (Function(f"{plan.name}_delta", fields, (("DTOTAL", given),)) for given in (False, True))
     masked = plan.mask is not None
-    visits = [(("STRANGE", False),), (("STRANGE", True),)] if masked else [()]
+    visits: list[Constants] = [(("STRANGE", False),), (("STRANGE", True),)] if masked else [()]
     for name, written, tile in (("dkdv", ("dk", "dv"), plan.key_tile), ("dq", ("dq",), plan.tile)):
         outputs = [Field(output, _pointer(plan), Role.OPERAND) for output in written]
         outputs += [Field("strange_programs", "*i32")] if masked else []
         tables = _summaries(plan)
         lists = _lists() if name == "dq" and plan.blocks.strategy == "list" else ()
         fields = (*_backward_fields(plan, ADJOINTS_OF[name], outputs), *tables, *lists)
-        yield from (Function(f"{plan.name}_{name}", fields, visit, *_launch(tile)) for visit in visits)
+        constants = _sorted_or_not(visits) if name == "dq" and gathers(plan) else visits
+        yield from (Function(f"{plan.name}_{name}", fields, values, *_launch(tile)) for values in constants)
     if any(adjoint.along == "diagonal" for adjoint in plan.adjoints):
         fields = tuple(_backward_fields(plan, ADJOINTS_OF["diagonals"], []))
         yield Function(f"{plan.name}_diagonals", fields, (), *_launch(plan.tile))
+
+
+def gathers(plan: BackwardPlan) -> bool:
+    """Whether `dq` adds to elements that pairs have gathered."""
+    return any(adjoint.along == "pair" for adjoint in plan.adjoints)
+
+
+def _sorted_or_not(visits: Sequence[Constants]) -> Iterator[Constants]:
+    """The constants of `dq` where it gathers. Only a first visit adds, so only that one can be sorted."""
+    yield from ((*visit, ("SORTED", False)) for visit in visits)
+    yield (*visits[0], ("SORTED", True))
 
 
 def _backward_fields(plan: BackwardPlan, along: tuple[str, ...], outputs: Iterable[Field]) -> Iterator[Field]:
@@ -208,6 +222,8 @@ def _backward_fields(plan: BackwardPlan, along: tuple[str, ...], outputs: Iterab
             yield Field(f"adjoint_{number}", _sum_pointer(plan))
             axes = 0 if adjoint.place is None else len(adjoint.place.indices)
             yield from (Field(f"adjoint_{number}_stride_{axis}", "i64") for axis in range(axes))
+    if "pair" in along and gathers(plan):
+        yield Field("first_program", "i32")
     yield from _strides({"q": plan.head_dim_qk, "k": plan.head_dim_qk, "v": plan.head_dim_v, "do": plan.head_dim_v})
     yield from _sizes()
     yield from _captured(plan)
