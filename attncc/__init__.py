@@ -9,12 +9,14 @@ from attncc.diagnostics import AttnError, BuildError, CallError, SpecError
 
 if TYPE_CHECKING:
     from attncc.runtime.call import CompiledAttention
+    from attncc.runtime.recurrent import RecurrentAttention
 
 __all__ = [
     "AttnError",
     "BuildError",
     "CallError",
     "CompiledAttention",
+    "RecurrentAttention",
     "SpecError",
     "build",
     "check",
@@ -28,4 +30,8 @@ def __getattr__(name: str) -> object:
         from attncc.runtime.call import CompiledAttention
 
         return CompiledAttention
+    if name == "RecurrentAttention":
+        from attncc.runtime.recurrent import RecurrentAttention
+
+        return RecurrentAttention
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

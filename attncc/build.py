@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attncc.diagnostics import CallError, SpecError
+from attncc.diagnostics import BuildError, CallError, SpecError
 from attncc.emit.families import BACKENDS, template_folders
 from attncc.errors import CannotReadSpec, PassedByPosition
 from attncc.ir.nodes import Attention
+from attncc.ir.recurrence import Recurrence, Specification
 from attncc.plan.nodes import Specialization, Target
 from attncc.runtime import cache
 from attncc.source import Source
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from attncc.runtime.call import CompiledAttention
     from attncc.runtime.kernels import BackwardSources, Sources
     from attncc.runtime.operator import Variant
+    from attncc.runtime.recurrent import RecurrentAttention
 
 
 def build(
@@ -37,7 +39,7 @@ def build(
     target: str | None = None,
     templates: str | Path | Sequence[str | Path] = (),
     **constants: bool | int | float,
-) -> CompiledAttention:
+) -> CompiledAttention | RecurrentAttention:
     """Compiles an attention variant.
 
     spec: the path of a file (it ends in `.attn`) or the text of a specification. name: which attention, where the file
@@ -45,9 +47,11 @@ def build(
     each call. templates: a folder or several, searched for templates before the project's own. constants: a value
     for each `const` parameter that has no default, or another one.
 
-    Raises SpecError for a mistake in the specification, BuildError where no kernel can be made of it here.
+    Raises SpecError for a mistake in the specification, BuildError where no kernel can be made of it here. A recurrence
+    has no kernels in this version: calling it raises BuildError, its `reference` computes it.
     """
     from attncc.runtime.call import CompiledAttention
+    from attncc.runtime.recurrent import RecurrentAttention
     from attncc.runtime.targets import known_target
 
     source = spec if isinstance(spec, Source) else read(spec)
@@ -57,6 +61,8 @@ def build(
     folders = template_folders(templates)
     if target is not None:
         known_target(target, folders)
+    if isinstance(attention, Recurrence):
+        return RecurrentAttention(attention, source.text)
     register_operators()
     named = folders[: len(folders) - len(template_folders(()))]
     recipe = _recipe(source, name, target, named, constants)
@@ -99,15 +105,19 @@ def _recipe(
 
 def from_recipe(recipe: str) -> CompiledAttention:
     """What `build` has made, anew: in another process, say."""
+    from attncc.runtime.call import CompiledAttention
+
     parts = json.loads(recipe)
     source = Source(parts["file"], parts["text"], tuple(tuple(file) for file in parts.get("used", ())))
-    return build(
+    built = build(
         source,
         name=parts.get("name"),
         target=parts.get("target"),
         templates=parts.get("templates", ()),
         **parts.get("constants", {}),
     )
+    assert isinstance(built, CompiledAttention), "recurrences have no recipes"
+    return built
 
 
 def _variant_of(recipe: str) -> Variant:
@@ -126,11 +136,11 @@ def _keyword_for(value: object, source: Source) -> str:
     return "its keywords are name, target, templates and the `const` parameters; all others are given at each call"
 
 
-def check(spec: str | Path | Source, *, name: str | None = None, **constants: bool | int | float) -> Attention:
+def check(spec: str | Path | Source, *, name: str | None = None, **constants: bool | int | float) -> Specification:
     """Parses and checks a specification: the IR of one of its attentions. Arguments and errors as for `build`."""
     source = spec if isinstance(spec, Source) else read(spec)
 
-    def front_end() -> Attention:
+    def front_end() -> Specification:
         from attncc.check.specification import check_source
 
         with contextlib.suppress(OSError):  # Without a place to write to it takes longer.
@@ -141,6 +151,16 @@ def check(spec: str | Path | Source, *, name: str | None = None, **constants: bo
         return front_end()
     key = cache.key_of("check", cache.compiler_fingerprint(), source.name, source.text, name, sorted(constants.items()))
     return cache.remember(key, front_end)
+
+
+def check_pairwise(spec: str | Path | Source, *, name: str | None = None, **constants: bool | int | float) -> Attention:
+    """As `check`, for what works on kernels. Raises BuildError for a recurrence: this version has none of it."""
+    attention = check(spec, name=name, **constants)
+    if isinstance(attention, Recurrence):
+        from attncc.runtime.recurrent_errors import NoRecurrentKernel
+
+        raise BuildError(NoRecurrentKernel(None, attention.name))
+    return attention
 
 
 def read(spec: str | Path) -> Source:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, assert_never
 
 import torch
@@ -78,6 +78,7 @@ class Scope:
     floating  the element type of floats that come from ints and literals
     row_dtype what transformed rows are rounded to
     reads     collects reads outside their tensors
+    axes      where the places of `d` (and `e`) lie, counted from the last axis
     """
 
     indices: Mapping[str, Tensor]
@@ -89,6 +90,7 @@ class Scope:
     position: Tensor | None = None
     floating: torch.dtype = torch.float64
     row_dtype: torch.dtype = torch.float64
+    axes: Mapping[str, int] = field(default_factory=lambda: {"d": -1})
 
 
 TRUE = torch.tensor(True)
@@ -161,20 +163,22 @@ def _read(expr: Load | Element, tensor: Tensor, places: list[Tensor], scope: Sco
 
 
 def _reduce(expr: Reduce, scope: Scope, active: Tensor) -> Tensor:
-    """The body over d along a last axis of its own, which becomes 1. A maximum over nothing is -inf."""
-    d = torch.arange(int(value(expr.size, scope)))
-    active = active.any(-1, keepdim=True) if active.dim() else active
-    body = value(expr.body, replace(scope, indices={**scope.indices, "d": d.unsqueeze(0)}), active)
-    body = body.broadcast_to(torch.broadcast_shapes(body.shape, (1, len(d))))
+    """The body over d (or e) along the axis of that index, which becomes 1. A maximum over nothing is -inf."""
+    axis = scope.axes[expr.over]
+    places = torch.arange(int(value(expr.size, scope))).reshape(-1, *[1] * (-axis - 1)).unsqueeze(0)
+    active = active.any(axis, keepdim=True) if active.dim() >= -axis else active
+    body = value(expr.body, replace(scope, indices={**scope.indices, expr.over: places}), active)
+    body = body.broadcast_to(torch.broadcast_shapes(body.shape, places.shape))
     if expr.op == "sum":
-        return body.sum(-1, keepdim=True)
-    return torch.cat([body, body.new_full((body.shape[0], 1), -torch.inf)], -1).amax(-1, keepdim=True)
+        return body.sum(axis, keepdim=True)
+    least = body.new_full((), -torch.inf).expand(*body.shape[:axis], 1, *body.shape[body.dim() + axis + 1 :])
+    return torch.cat([body, least], axis).amax(axis, keepdim=True)
 
 
 def check_reads(scope: Scope, kept: Tensor = TRUE) -> None:
     """Raise `OutOfRange` for the first read outside its tensor at a kept place."""
     for read in scope.reads:
-        names = [name for name in ("b", "h", "q_row", "q_idx", "kv_idx", "d") if name in read.indices]
+        names = [name for name in ("b", "h", "t", "q_row", "q_idx", "kv_idx", "d", "e") if name in read.indices]
         wrong, index, *coordinates = torch.broadcast_tensors(
             read.outside & kept, read.index, *(read.indices[name] for name in names)
         )
@@ -223,9 +227,9 @@ def _evaluate(
     offset = keys - rows if q_offset is None else q_offset
     sizes = {"B": batch, "H": heads, "HKV": heads_kv, "M": rows, "N": keys, "D": width_qk, "E": v.shape[3]}
     scalars = {p.name: p.default for p in attention.scalars if p.default is not None}
-    captured = {name: _widened(x) for name, x in {**scalars, **inputs}.items()}
+    captured = {name: widened(x) for name, x in {**scalars, **inputs}.items()}
     scope = Scope({}, {**sizes, "q_offset": offset}, captured, [], {}, {}, row_dtype=row_dtype)
-    q, k, v = (_widened(x) for x in (q, k, v))
+    q, k, v = (widened(x) for x in (q, k, v))
     outputs: list[Tensor] = []
     sums: list[Tensor] = []
     for b in range(batch):
@@ -242,7 +246,7 @@ def _evaluate(
     return o, torch.stack(sums).reshape(shape) if sums else q.new_zeros(shape)
 
 
-def _widened(x: Tensor | bool | float) -> Tensor:
+def widened(x: Tensor | bool | float) -> Tensor:
     """`x` as float64, int64 or bool."""
     if not isinstance(x, Tensor):
         return _scalar(x, torch.float64)

@@ -72,18 +72,33 @@ def parameters(draw: st.DrawFn, name: str) -> nodes.Parameter:
 def _statements() -> st.SearchStrategy[nodes.Statement]:
     later = st.sampled_from(
         [
-            ("recurrence", "recurrence:\n    S *= 0.5   # kept as it is\n\n    out = q @ S"),
             ("sort", "sort by argmax(q) chunk 64 back 1"),
             ("feature", "feature(q) = elu(q)+1"),
-            ("select", "select blocks(64):\n  rank = dot(q, mean(k))\n  always = first(1), current"),
+            (
+                "select",
+                "select blocks(64):\n  rank = dot(q, mean(k))   # kept as it is\n\n  always = first(1), current",
+            ),
         ]
     )
     clause_names = st.sampled_from(["q", "k", "v", "scale", "score", "mask", "weight", "normalize", "unknown"])
     return st.one_of(
         st.builds(nodes.Clause, clause_names, expressions, st.just(SPAN), st.just(SPAN)),
         st.builds(nodes.Let, names, expressions, st.just(SPAN), st.just(SPAN)),
+        _recurrences(),
         later.map(lambda pair: nodes.Later(pair[0], pair[1], SPAN, SPAN)),
     )
+
+
+def _recurrences() -> st.SearchStrategy[nodes.Recurrence]:
+    targets = st.sampled_from(["S", "out", "x"])
+    operators = st.sampled_from(["*=", "+=", "-="])
+    inner = st.one_of(
+        st.builds(nodes.Let, names, expressions, st.just(SPAN), st.just(SPAN)),
+        st.builds(nodes.Clause, targets, expressions, st.just(SPAN), st.just(SPAN)),
+        st.builds(nodes.Update, targets, operators, expressions, st.just(SPAN), st.just(SPAN), st.just(SPAN)),
+    )
+    bodies = st.lists(inner, min_size=1, max_size=4).map(tuple)
+    return st.builds(nodes.Recurrence, bodies, st.just(SPAN), st.just(SPAN), st.just(SPAN))
 
 
 @st.composite

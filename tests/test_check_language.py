@@ -14,6 +14,8 @@ from attncc.check.specification import check_all
 from attncc.check.suggest import define_signature
 from attncc.check.world import CONSTANTS, COORDINATES, HOLES, LATER_CLAUSES, LATER_FUNCTIONS, ROWS, SIZES
 from attncc.diagnostics import SpecError
+from attncc.ir.recurrence import Recurrence
+from attncc.ir.recurrence_verify import verify_recurrence
 from attncc.ir.verify import verify
 from attncc.source import Source
 from attncc.syntax import parse, print_file
@@ -36,7 +38,10 @@ def test_the_page_has_snippets() -> None:
 @pytest.mark.parametrize("text", SNIPPETS)
 def test_a_snippet_is_right(text: str, tmp_path: Path) -> None:
     for attention in check_all(source(text, tmp_path)).values():
-        verify(attention)
+        if isinstance(attention, Recurrence):
+            verify_recurrence(attention)
+        else:
+            verify(attention)
 
 
 @pytest.mark.parametrize("text", SNIPPETS)

@@ -44,8 +44,9 @@ from attncc.syntax import nodes
 CLAUSES = ("q", "k", "v", "scale", "score", "mask", "weight", "normalize")
 
 _HEADS = frozenset(("b", "h", "hkv"))
-_QUERY = _HEADS | {"q_row", "q_idx"}
-_KEY = _HEADS | {"kv_idx"}
+# `t` is named in recurrences only.
+_QUERY = _HEADS | {"q_row", "q_idx", "t"}
+_KEY = _HEADS | {"kv_idx", "t"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def lower(
     evaluator = Evaluator(reporter, Scope(module, "in this attention"))
     declarations = Declarations(evaluator, reporter)
     declarations.declare(attention, constants)
-    body = _Body(evaluator, reporter)
+    body = Body(evaluator, reporter)
     body.read(attention)
     rows = {row: body.row(row) for row in ROWS}
     scale, score, mask = body.number("scale"), body.number("score"), body.mask()
@@ -87,7 +88,7 @@ def lower(
     return Attention(
         name=attention.name,
         doc=attention.doc or "",
-        parameters=_in_order(attention, declarations),
+        parameters=in_order(attention, declarations),
         q=rows["q"],
         k=rows["k"],
         v=rows["v"],
@@ -98,12 +99,12 @@ def lower(
     )
 
 
-def _in_order(attention: nodes.Attention, declarations: Declarations) -> tuple[ScalarParameter | TensorParameter, ...]:
+def in_order(attention: nodes.Attention, declarations: Declarations) -> tuple[ScalarParameter | TensorParameter, ...]:
     place = {parameter.name: i for i, parameter in enumerate(attention.parameters)}
     return tuple(sorted(declarations.declared, key=lambda parameter: place[parameter.name]))
 
 
-class _Body:
+class Body:
     """The clauses of one attention, evaluated as they are asked for."""
 
     def __init__(self, evaluator: Evaluator, reporter: Reporter) -> None:
@@ -121,14 +122,20 @@ class _Body:
         for statement in attention.body:
             match statement:
                 case nodes.Let():
-                    self._let(statement)
+                    self.let(statement)
+                case nodes.Recurrence():
+                    self.recurrence(statement)
                 case nodes.Later(name=name, name_span=span):
                     hint = LATER_CLAUSES.get(name, "see docs/language.md for what this version compiles")
                     self.reporter.report(LaterClause(span, name, hint))
                 case nodes.Clause():
-                    self._clause(statement)
+                    self.clause(statement)
 
-    def _let(self, let: nodes.Let) -> None:
+    def recurrence(self, block: nodes.Recurrence) -> None:
+        """Takes note of the statements of a recurrence; pairwise attentions have none."""
+        raise AssertionError(f"{block.span}: lowered by `attncc.check.recurrence`")
+
+    def let(self, let: nodes.Let) -> None:
         scope = self.evaluator.scope
         meaning = self.evaluator.evaluate(let.value)
         why = reserved(let.name)
@@ -145,7 +152,7 @@ class _Body:
             scope.declared[let.name] = let.name_span
         scope.pending.pop(let.name, None)
 
-    def _clause(self, clause: nodes.Clause) -> None:
+    def clause(self, clause: nodes.Clause) -> None:
         name = clause.name
         if name in LATER_CLAUSES:
             self.reporter.report(LaterClause(clause.name_span, name, LATER_CLAUSES[name]))

@@ -106,7 +106,7 @@ class Evaluator(Kinds):
     def _evaluate(self, node: nodes.Expression) -> Meaning:
         match node:
             case nodes.Name():
-                return self._name(node)
+                return self.name(node)
             case nodes.Number(value=value) | nodes.Boolean(value=value):
                 return constant(value, self.place(node.span))
             case nodes.Unary(operator=operator, operand=operand):
@@ -140,11 +140,14 @@ class Evaluator(Kinds):
 
     def _binary(self, node: nodes.Binary) -> Value:
         if node.operator == "@":
-            raise self.fail(MatrixProduct(node.operator_span))
+            return self.matrix_product(node)
         left, right = self._operands(node.left, node.right)
         if node.operator == "**":
             return self.power(left, right, node.span)
         return self.apply(_BINARY[node.operator], [left, right], node.span, f"an operand of `{node.operator}`")
+
+    def matrix_product(self, node: nodes.Binary) -> Value:
+        raise self.fail(MatrixProduct(node.operator_span))
 
     def _compare(
         self, first: nodes.Expression, rest: Sequence[tuple[nodes.Comparison, nodes.Expression]], span: Span
@@ -159,14 +162,14 @@ class Evaluator(Kinds):
 
     # Names and definitions
 
-    def _name(self, node: nodes.Name) -> Meaning:
+    def name(self, node: nodes.Name) -> Meaning:
         name, scope = node.name, self.scope
         if name in scope.values:
             return scope.values[name]
         if name in scope.pending:
             related = (Label(scope.pending[name], "defined here"),)
             raise self.fail(UsedBeforeDefinition(node.span, name, related=related))
-        found = named(name, self.place(node.span))
+        found = self.world(name, node.span)
         if found is not None:
             return found
         define = scope.module.find(name)
@@ -181,6 +184,10 @@ class Evaluator(Kinds):
         related = () if declared is None else (Label(declared[1], f"`{declared[0]}` is declared here"),)
         raise self.fail(UnknownName(node.span, name, scope.where, hint, related=related))
 
+    def world(self, name: str, span: Span) -> Value | None:
+        """What a name of every spec means."""
+        return named(name, self.place(span))
+
     def _expand(self, found: tuple[nodes.Define, Module], arguments: dict[str, Meaning], use: Span) -> Meaning:
         define, module = found
         if define.name_span in self.reporter.refused or any(isinstance(a, Unknown) for a in arguments.values()):
@@ -188,7 +195,7 @@ class Evaluator(Kinds):
         scope = Scope(module, "in this definition", dict(arguments))
         scope.declared = {p.name: p.span for p in define.parameters or ()}
         with self.reporter.expanding(Expansion(define.name, use, module.is_prelude)):
-            inner = Evaluator(self.reporter, scope, self.depth)
+            inner = type(self)(self.reporter, scope, self.depth)
             for parameter in define.parameters or ():
                 if parameter.name not in arguments and parameter.default is not None:
                     scope.values[parameter.name] = inner.evaluate(parameter.default)
@@ -206,6 +213,8 @@ class Evaluator(Kinds):
             bound = self._arguments(node, parameters, optional, signature)
             meanings = {name: a.meaning for name, a in bound.items() if not isinstance(a.meaning, Scaling)}
             return self._expand(define, meanings, node.span)
+        if name == "outer":
+            return self.outer_product(node)
         if name in LATER_FUNCTIONS:
             raise self.fail(LaterFunction(node.span, name, LATER_FUNCTIONS[name]))
         builtin = BUILTINS.get(name)
@@ -229,6 +238,9 @@ class Evaluator(Kinds):
             )  # fmt: skip
             raise self.fail(NotAFunction(node.function_span, name, hint))
         raise self.fail(UnknownFunction(node.function_span, name, suggest.function(name, self.scope)))
+
+    def outer_product(self, node: nodes.Call) -> Value:
+        raise self.fail(LaterFunction(node.span, node.function, LATER_FUNCTIONS[node.function]))
 
     def _arguments(
         self, node: nodes.Call, parameters: tuple[str, ...], optional: frozenset[str], signature: str
@@ -275,7 +287,9 @@ class Evaluator(Kinds):
     # Elements of tensors
 
     def _subscript(self, node: nodes.Subscript) -> Value:
-        meaning = self.evaluate(node.base)
+        return self.subscript(node, self.evaluate(node.base))
+
+    def subscript(self, node: nodes.Subscript, meaning: Meaning) -> Value:
         slices = [i for i, index in enumerate(node.indices) if isinstance(index, nodes.FullSlice)]
         indices: list[Expr | None] = []
         failed = False

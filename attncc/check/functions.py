@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from attncc.check import rope
+from attncc.check.recurrence_errors import WrongShape
 from attncc.check.rope import Scaling
 from attncc.check.values import Meaning, Value, apply, constant, reduce
 from attncc.check.world import LATER_FUNCTIONS
@@ -137,6 +138,10 @@ def _rope(site: CallSite, arguments: Mapping[str, Argument]) -> Value:
     row = site.row(arguments["x"])
     assert row.size is not None
     evaluator.refuse_too_large(row, site.span, site.name)
+    if row.index != "d":
+        hint = "rotate it beside `recurrence:`, where `v = rope(v, t)` transforms the row"
+        role, found = "the argument of `rope`", "a value vector (E)"
+        raise evaluator.fail(WrongShape(arguments["x"].span, role, "a key vector (D)", found, hint))
     given = arguments.get("dim")
     size = Value(row.size, Kind.INT)
     # A row that is shorter is rotated as a whole, so that no element beyond it is read.

@@ -180,12 +180,13 @@ class Kinds:
                 role = ("the condition", "the value before `if`", "the value after `else`")[mismatch.position]
             raise self.fail(self.wrong_kind(value.kind, mismatch.expected, operand_span, role)) from None
         except SizeMismatch as mismatch:
-            left, right = size_text(mismatch.left), size_text(mismatch.right)
-            raise self.fail(self._row_sizes(span, left, right)) from None
+            raise self.fail(self.row_sizes(span, mismatch.left, mismatch.right)) from None
         except IntOverflow as overflow:
             raise self.fail(ConstantOverflow(span, str(overflow.value))) from None
 
-    def _row_sizes(self, span: Span, left: str, right: str) -> Diagnostic:
+    def row_sizes(self, span: Span, left_size: Expr, right_size: Expr) -> Diagnostic:
+        """The error for rows of different sizes that were combined."""
+        left, right = size_text(left_size), size_text(right_size)
         row_size = left if left in ("D", "E") else right
         other = right if row_size == left else left
         hint = f"declare the axis of the tensor as `{row_size}` instead of `{other}`"

@@ -10,16 +10,17 @@ from attncc.check.definitions import check_definitions
 from attncc.check.limit_errors import TooLarge
 from attncc.check.modules import Module, load
 from attncc.check.name_errors import Duplicate, NoAttention, WhichAttention
+from attncc.check.recurrence import lower_recurrence
 from attncc.check.reporter import Reporter
 from attncc.diagnostics import Label
-from attncc.ir.nodes import Attention
+from attncc.ir.recurrence import Specification
 from attncc.source import Source, Span
 from attncc.syntax import nodes
 
 
 def check_source(
     source: Source, *, name: str | None = None, constants: Mapping[str, object] | None = None
-) -> Attention:
+) -> Specification:
     """The attention of a file: the only one, or the one called `name`.
 
     `constants` gives values to its `const` parameters. Raises `SpecError` with every error of the file's definitions
@@ -34,7 +35,7 @@ def check_source(
     return _lowered([chosen], module, [constants or {}], reporter)[chosen.name]
 
 
-def check_all(source: Source, constants: Mapping[str, object] | None = None) -> dict[str, Attention]:
+def check_all(source: Source, constants: Mapping[str, object] | None = None) -> dict[str, Specification]:
     """Every attention of a file by its name, in the order of the file.
 
     `constants` gives values to the `const` parameters of those that have one of that name. Raises `SpecError` with
@@ -97,11 +98,12 @@ def _no_attention(module: Module) -> NoAttention:
 
 def _lowered(
     attentions: list[nodes.Attention], module: Module, constants: Sequence[Mapping[str, object]], reporter: Reporter
-) -> dict[str, Attention]:
-    result: dict[str, Attention] = {}
+) -> dict[str, Specification]:
+    result: dict[str, Specification] = {}
     for attention, given in zip(attentions, constants, strict=True):
         try:
-            lowered = lower(attention, module, given, reporter)
+            recurrent = any(isinstance(statement, nodes.Recurrence) for statement in attention.body)
+            lowered = (lower_recurrence if recurrent else lower)(attention, module, given, reporter)
         except RecursionError:
             # Deeper than the stack of the caller leaves room for.
             reporter.report(TooLarge(attention.name_span, attention.name, "too many levels deep"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
 
 from attncc.ir.nodes import Apply, Constant, Expr, Index, Load, Reduce, Size, TensorParameter
 from attncc.ir.operators import OPERATORS
@@ -17,11 +17,15 @@ from attncc.source import Span
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A scalar, or a row: then `expr` is its element `d`, and `size` how many there are."""
+    """A scalar, or a row: then `expr` is its element `d`, and `size` how many there are.
+
+    index: what the element of a row is called; `e` for value vectors within a recurrence.
+    """
 
     expr: Expr
     kind: Kind
     size: Expr | None = None
+    index: Literal["d", "e"] = "d"
 
     @property
     def is_row(self) -> bool:
@@ -105,6 +109,7 @@ def apply(op: str, *arguments: Value, span: Span | None = None) -> Value:
     Raises `KindMismatch`, `SizeMismatch` and `IntOverflow`.
     """
     row = OPERATORS[op]
+    rows = [argument for argument in arguments if argument.size is not None]
     sizes = [argument.size for argument in arguments if argument.size is not None]
     for size in sizes[1:]:
         if size != sizes[0]:
@@ -119,13 +124,13 @@ def apply(op: str, *arguments: Value, span: Span | None = None) -> Value:
             raise _mismatch(op, kinds)
         arguments = tuple(_promoted(argument) for argument in arguments)
     expr = fold(Apply(op, tuple(argument.expr for argument in arguments), span))
-    return Value(expr, result, sizes[0] if sizes else None)
+    return replace(rows[0], expr=expr, kind=result) if rows else Value(expr, result)
 
 
 def _promoted(value: Value) -> Value:
     if value.kind is not Kind.INT:
         return value
-    return Value(fold(Apply("to_float", (value.expr,), value.expr.span)), Kind.FLOAT, value.size)
+    return replace(value, expr=fold(Apply("to_float", (value.expr,), value.expr.span)), kind=Kind.FLOAT)
 
 
 def _mismatch(op: str, kinds: tuple[Kind, ...]) -> KindMismatch:
@@ -145,7 +150,8 @@ def reduce(op: str, row: Value, span: Span | None = None) -> Value:
     """`sum` or `max` over the elements of a row."""
     row = to_float(row)
     assert row.size is not None
-    return Value(Reduce(op, row.expr, row.size, span), Kind.FLOAT)  # pyright: ignore[reportArgumentType]
+    reduction = Reduce(op, row.expr, row.size, span, over=row.index)  # pyright: ignore[reportArgumentType]
+    return Value(reduction, Kind.FLOAT)
 
 
 def element_index(span: Span | None = None) -> Index:

@@ -28,7 +28,6 @@ CALL_ARGUMENTS = frozenset(
 # Clauses of forms that this version does not compile, with what to do instead.
 LATER_CLAUSES = {
     "feature": "write the weight of a pair: `weight = …`, an expression of `score`",
-    "recurrence": "recurrent attention comes with a later version; pairwise attention has `score`, `mask` and `weight`",
     "select": "write a `mask`; blocks that it leaves empty are skipped",
     "sort": "sort the rows of q, k and v before the call",
     "branch": "build each branch as its own attention and combine the outputs",
@@ -38,7 +37,7 @@ LATER_CLAUSES = {
 # Functions of those forms.
 LATER_FUNCTIONS = {
     "concat": "concatenate the tensors before the call",
-    "outer": "it belongs to `recurrence:`, which comes with a later version",
+    "outer": "it belongs to the statements under `recurrence:`",
     "cumsum": "compute the cumulative sum before the call and pass it as a tensor",
     "pool": "pool k and v before the call",
     "project": "project k and v before the call",
@@ -75,3 +74,12 @@ def reserved(name: str) -> str:
     if name.startswith("_"):
         return "names that begin with an underscore are the compiler's own"
     return ""
+
+
+# What these names mean, in attentions with a recurrence only.
+RECURRENT_NAMES = {
+    "scale": "this is the clause `scale`",
+    "t": "this is the token",
+    "S": "this is the state",
+    "out": "this is what a token gives",
+}

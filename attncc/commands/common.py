@@ -13,13 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from attncc.build import build, check, read
+from attncc.build import build, check, check_pairwise, read
 from attncc.check.suggest import nearest
 from attncc.commands.output import reason, say
 from attncc.diagnostics import CallError
 from attncc.errors import CannotRead, CannotWrite, MissingOperand, NoShapeAtSizes, UnknownSetting
 from attncc.inputs import captured_tensors, describe, operands
 from attncc.ir.nodes import Attention, Elementwise
+from attncc.ir.recurrence import Specification
 from attncc.runtime.arguments import Sizes
 from attncc.runtime.call import CompiledAttention
 from attncc.runtime.targets import INTERPRET, known_target
@@ -40,21 +41,32 @@ class Loaded:
     scalars: Mapping[str, Value]
 
     def compiled(self, target: str | None, templates: list[str]) -> CompiledAttention:
-        return build(self.path, name=self.name, target=target, templates=templates, **self.constants)
+        built = build(self.path, name=self.name, target=target, templates=templates, **self.constants)
+        assert isinstance(built, CompiledAttention), "loaded as pairwise"
+        return built
 
 
 def load(path: str, name: str | None, settings: Mapping[str, Value]) -> Loaded:
-    """Reads and checks a specification. Raises SpecError for its mistakes."""
+    """Reads and checks a specification. Raises SpecError for its mistakes, BuildError where it has no kernels."""
     source = read(Path(path))
     constants = constant_names(parse(source), name)
     values = {key: value for key, value in settings.items() if key in constants}
     others = {key: value for key, value in settings.items() if key not in constants}
-    attention = check(Path(path), name=name, **values)
+    attention = check_pairwise(Path(path), name=name, **values)
     refuse_unknown(attention, others, sorted(constants))
     return Loaded(path, name, source.text, attention, values, others)
 
 
-def refuse_unknown(attention: Attention, settings: Mapping[str, Value], constants: Sequence[str] = ()) -> None:
+def load_checked(path: str, name: str | None, settings: Mapping[str, Value]) -> Specification:
+    """Reads and checks a specification, whether or not there are kernels of it."""
+    constants = constant_names(parse(read(Path(path))), name)
+    attention = check(Path(path), name=name, **{key: value for key, value in settings.items() if key in constants})
+    others = {key: value for key, value in settings.items() if key not in constants}
+    refuse_unknown(attention, others, sorted(constants))
+    return attention
+
+
+def refuse_unknown(attention: Specification, settings: Mapping[str, Value], constants: Sequence[str] = ()) -> None:
     """Raises CallError for settings that name no parameter."""
     known = [parameter.name for parameter in attention.parameters]
     names = [*known, *constants]

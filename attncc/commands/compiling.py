@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from attncc.build import read
-from attncc.commands.common import Loaded, load
+from attncc.commands.common import Loaded, load, load_checked
 from attncc.commands.output import reason, say, write
 from attncc.commands.tree import dump
 from attncc.diagnostics import CallError
@@ -25,6 +25,9 @@ from attncc.syntax import parse
 
 def emit(arguments: argparse.Namespace) -> int:
     """Prints a stage, or writes it to the file that -o names."""
+    if not arguments.standalone and arguments.stage in ("ast", "ir"):
+        _print(_front_stage(arguments), arguments.output)
+        return 0
     loaded = load(arguments.file, arguments.name, dict(arguments.set))
     if arguments.standalone and arguments.backward:
         arguments.refuse("--standalone writes forward kernels only: leave out --backward")
@@ -36,24 +39,23 @@ def emit(arguments: argparse.Namespace) -> int:
         _put(standalone(attn, specialization, target), arguments.output)
         say(f"for {describe(specialization)}; --dtype and --head-dim choose others")
         return 0
-    text = _stage(arguments.stage, loaded, arguments)
-    if arguments.output is None:
-        print(text.rstrip("\n"))
-    else:
-        write(arguments.output, text.rstrip("\n") + "\n")
+    attn, specialization, target = chosen(loaded, arguments)
+    program, sources = _compiled(attn, specialization, target, backward=arguments.backward)
+    _print(dump(program) if arguments.stage == "plan" else "\n".join(sources), arguments.output)
     return 0
 
 
-def _stage(stage: str, loaded: Loaded, arguments: argparse.Namespace) -> str:
-    match stage:
-        case "ast":
-            return dump(parse(read(Path(loaded.path))))
-        case "ir":
-            return to_text(loaded.attention)
-        case _:
-            attn, specialization, target = chosen(loaded, arguments)
-            program, sources = _compiled(attn, specialization, target, backward=arguments.backward)
-            return dump(program) if stage == "plan" else "\n".join(sources)
+def _front_stage(arguments: argparse.Namespace) -> str:
+    """The syntax tree or the IR, which every specification has that can be checked."""
+    attention = load_checked(arguments.file, arguments.name, dict(arguments.set))
+    return dump(parse(read(Path(arguments.file)))) if arguments.stage == "ast" else to_text(attention)
+
+
+def _print(text: str, output: Path | None) -> None:
+    if output is None:
+        print(text.rstrip("\n"))
+    else:
+        write(output, text.rstrip("\n") + "\n")
 
 
 def _compiled(

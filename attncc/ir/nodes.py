@@ -20,11 +20,14 @@ from attncc.source import Span
 #   b, h, hkv        batch, query head, and the key/value head that query head h reads (h // (H // HKV))
 #   q_row            row of the q tensor at this call;  q_idx = q_row + q_offset is its position
 #   kv_idx           position of a key (and row of the k and v tensors)
-#   d                element within a row (row transforms only)
+#   d                element within a row (row transforms only); in a recurrence, a key channel
+# Only recurrences have:
+#   t                token of this call;  its position is t + q_offset
+#   e                a value channel
 # Only analyses and plans produce the corners of a tile, all inclusive:
 #   q_lo, q_hi       smallest and largest q_idx of a tile of queries
 #   kv_lo, kv_hi     smallest and largest kv_idx of a tile of keys
-IndexName = Literal["b", "h", "hkv", "q_row", "q_idx", "kv_idx", "d", "q_lo", "q_hi", "kv_lo", "kv_hi"]
+IndexName = Literal["b", "h", "hkv", "q_row", "q_idx", "kv_idx", "d", "t", "e", "q_lo", "q_hi", "kv_lo", "kv_hi"]
 
 # B batch, H query heads, HKV key/value heads, M query rows, N key rows, D query/key width, E value width;
 # q_offset is the position of query row 0.
@@ -102,11 +105,15 @@ class Element:
 
 @dataclass(frozen=True, slots=True)
 class Reduce:
-    """`op` (`sum` or `max`) of `body` over its own `d` in [0, size) (float). It binds `d`, not that around it."""
+    """`op` (`sum` or `max`) of `body` over its own `d` in [0, size) (float). It binds `d`, not that around it.
+
+    over: `e` instead, in recurrences only.
+    """
 
     op: Literal["sum", "max"]
     body: Expr
     size: Expr
+    over: Literal["d", "e"] = field(default="d", kw_only=True)
     span: Span | None = field(default=None, compare=False, repr=False)
 
 

@@ -16,6 +16,7 @@ from attncc.ir.nodes import (
     Expr,
     Hole,
     Index,
+    IndexName,
     Load,
     Parameter,
     Reduce,
@@ -84,8 +85,8 @@ def map_children(expr: Expr, f: Callable[[Expr], Expr]) -> Expr:
             return Load(tensor, after, kind, span)
         case Element(row=row, upstream=upstream, span=span):
             return Element(row, after[0], upstream, span)
-        case Reduce(op=op, span=span):
-            return Reduce(op, after[0], after[1], span)
+        case Reduce(op=op, over=over, span=span):
+            return Reduce(op, after[0], after[1], span, over=over)
         case Apply(op=op, span=span):
             return Apply(op, after, span)
         case Summary(op=op, axis=axis, span=span):
@@ -108,34 +109,39 @@ def contains(expr: Expr, predicate: Callable[[Expr], bool]) -> bool:
     return any(predicate(node) for node in walk(expr))
 
 
+def has_free(expr: Expr, name: IndexName) -> bool:
+    """Whether the index `name` occurs in `expr` outside every `Reduce` that binds it."""
+    match expr:
+        case Index(name=found):
+            return found == name
+        case Reduce(size=size, over=over) if over == name:
+            return has_free(size, name)
+        case _:
+            return any(has_free(child, name) for child in children(expr))
+
+
 def has_free_d(expr: Expr) -> bool:
     """Whether `d` occurs in `expr` outside every `Reduce` that binds it."""
-    match expr:
-        case Index(name="d"):
-            return True
-        case Reduce(size=size):
-            return has_free_d(size)
-        case _:
-            return any(has_free_d(child) for child in children(expr))
+    return has_free(expr, "d")
 
 
 def substitute(expr: Expr, mapping: Mapping[Expr, Expr]) -> Expr:
     """`expr` with each key of `mapping` replaced by its value, the outermost match first.
 
-    `d` inside the body of a `Reduce` is that reduction's own: a key with a free `d` does not match there, and a value
-    with a free `d` would be captured there and raises `IRError`.
+    `d` (or `e`) inside the body of a `Reduce` over it is that reduction's own: a key with a free `d` does not match
+    there, and a value with a free `d` would be captured there and raises `IRError`.
     """
     if not mapping:
         return expr
     if expr in mapping:
         return mapping[expr]
     if isinstance(expr, Reduce):
-        inner = {key: value for key, value in mapping.items() if not has_free_d(key)}
+        inner = {key: value for key, value in mapping.items() if not has_free(key, expr.over)}
         body = substitute(expr.body, inner)
         for key, value in inner.items():
-            if has_free_d(value) and contains(expr.body, lambda node, key=key: node == key):
-                raise IRError(f"substituting {value} for {key} inside {expr} would capture its d")
-        return Reduce(expr.op, body, substitute(expr.size, mapping), expr.span)
+            if has_free(value, expr.over) and contains(expr.body, lambda node, key=key: node == key):
+                raise IRError(f"substituting {value} for {key} inside {expr} would capture its {expr.over}")
+        return Reduce(expr.op, body, substitute(expr.size, mapping), expr.span, over=expr.over)
     return map_children(expr, lambda child: substitute(child, mapping))
 
 

@@ -30,6 +30,7 @@ from attncc.ir.nodes import (
     TensorParameter,
     Variable,
 )
+from attncc.ir.recurrence import Bind, Recurrence, statement_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +72,27 @@ _PREFIX = {
 }
 
 
-def to_text(node: Attention | Expr) -> str:
+def to_text(node: Attention | Recurrence | Expr) -> str:
     """`node` as text; an attention ends with a line break, an expression does not."""
-    return _attention(node) if isinstance(node, Attention) else _expr(node)
+    match node:
+        case Attention():
+            return _attention(node)
+        case Recurrence():
+            return _recurrence(node)
+        case _:
+            return _expr(node)
+
+
+def _recurrence(r: Recurrence) -> str:
+    lines = [f"recurrence {r.name}({', '.join(_parameter(p) for p in r.parameters)})"]
+    if r.doc:
+        lines.append(f"  doc = {r.doc!r}")
+    lines += [f"  {name:<3} = {_expr(row)}" for name, row in (("q", r.q), ("k", r.k), ("v", r.v))]
+    lines.append("  for each token t:")
+    for statement in r.statements:
+        let = "let " if isinstance(statement, Bind) else ""
+        lines.append(f"    {let}{statement_name(statement):<3} = {_expr(statement.value)}")
+    return "\n".join(lines) + "\n"
 
 
 def _attention(a: Attention) -> str:
@@ -125,8 +144,8 @@ def _expr(expr: Expr, level: int = _OR) -> str:
             return f"{tensor}[{', '.join(_expr(index) for index in indices)}]"
         case Element(row=row, index=index, upstream=upstream):
             return f"{'d' if upstream else ''}{row}[{_expr(index)}]"
-        case Reduce(op=op, body=body, size=size):
-            return f"{op}(d < {_expr(size)}: {_expr(body)})"
+        case Reduce(op=op, body=body, size=size, over=over):
+            return f"{op}({over} < {_expr(size)}: {_expr(body)})"
         case Summary(op=op, load=load, axis=axis):
             return f"{op}_{axis}({_expr(load)})"
         case Apply(op=op, args=(a, b)) if op in _INFIX:

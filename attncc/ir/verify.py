@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import NoReturn, assert_never, get_args
+from typing import NoReturn, Protocol, assert_never, get_args
 
 from attncc.ir.errors import IRError
 from attncc.ir.nodes import (
@@ -40,7 +40,10 @@ from attncc.ir.types import Kind
 __all__ = ["IRError", "verify"]
 
 _KIND_OF_CONSTANT: dict[type, Kind] = {bool: Kind.BOOL, int: Kind.INT, float: Kind.FLOAT}
-_RESERVED = frozenset({*get_args(IndexName), *get_args(SizeName), *get_args(RowName), "dot", "qk", "score"})
+_RESERVED = frozenset({*get_args(IndexName), *get_args(SizeName), *get_args(RowName), "dot", "qk", "score"}) - {
+    "t",
+    "e",
+}
 
 _HEAD = frozenset({"b", "h", "hkv"})
 _QUERY = _HEAD | {"q_row", "q_idx"}
@@ -48,9 +51,20 @@ _KEY = _HEAD | {"kv_idx"}
 _SHAPE_SIZES = frozenset(get_args(SizeName)) - {"q_offset"}
 
 
+class Declared(Protocol):
+    """What has parameters."""
+
+    @property
+    def parameters(self) -> tuple[ScalarParameter | TensorParameter, ...]: ...
+    @property
+    def scalars(self) -> tuple[ScalarParameter, ...]: ...
+    @property
+    def tensors(self) -> tuple[TensorParameter, ...]: ...
+
+
 @dataclass(frozen=True, slots=True)
-class _Scope:
-    """What may stand in a clause."""
+class Scope:
+    """What may stand in a clause. reduced: the indices that reductions may run over."""
 
     clause: str
     scalars: dict[str, Kind]
@@ -59,6 +73,7 @@ class _Scope:
     sizes: frozenset[str] = frozenset(get_args(SizeName))
     holes: frozenset[str] = frozenset()
     row: RowName | None = None
+    reduced: frozenset[str] = frozenset()
 
     def refuse(self, expr: Expr, reason: str) -> NoReturn:
         raise IRError(f"{self.clause}: {reason}, in {to_text(expr)}")
@@ -67,10 +82,10 @@ class _Scope:
 def verify(attention: Attention) -> None:
     """Raise `IRError` unless `attention` is well formed: names declared, kinds as the operators ask for, and in each
     clause only what has a value there (see `Attention`)."""
-    scalars, tensors = _declarations(attention)
+    scalars, tensors = declarations(attention)
 
     def check(clause: str, expr: Expr, kind: Kind, **scope: object) -> None:
-        _expect(expr, kind, replace(_Scope(clause, scalars, tensors), **scope))  # type: ignore[arg-type]
+        expect(expr, kind, replace(Scope(clause, scalars, tensors), **scope))  # type: ignore[arg-type]
 
     check("q", attention.q, Kind.FLOAT, indices=_QUERY | {"d"}, row="q")
     check("k", attention.k, Kind.FLOAT, indices=_KEY | {"d"}, row="k")
@@ -91,7 +106,7 @@ def verify(attention: Attention) -> None:
         check("dropout", attention.dropout, Kind.FLOAT, indices=pair)
 
 
-def _declarations(attention: Attention) -> tuple[dict[str, Kind], dict[str, TensorParameter]]:
+def declarations(attention: Declared) -> tuple[dict[str, Kind], dict[str, TensorParameter]]:
     seen: set[str] = set()
     for parameter in attention.parameters:
         name = parameter.name
@@ -124,18 +139,18 @@ def _check_tensor(parameter: TensorParameter) -> None:
     kinds = {dtype.kind for dtype in parameter.dtypes}
     if len(kinds) != 1:
         raise IRError(f"parameter `{parameter.name}`: element types of one kind expected, not {parameter.dtypes}")
-    scope = _Scope(f"shape of `{parameter.name}`", {}, {}, sizes=_SHAPE_SIZES)
+    scope = Scope(f"shape of `{parameter.name}`", {}, {}, sizes=_SHAPE_SIZES)
     for size in parameter.shape:
-        _expect(size, Kind.INT, scope)
+        expect(size, Kind.INT, scope)
 
 
-def _expect(expr: Expr, kind: Kind, scope: _Scope) -> None:
+def expect(expr: Expr, kind: Kind, scope: Scope) -> None:
     found = _check(expr, scope)
     if found is not kind:
         scope.refuse(expr, f"expected {kind.value}, found {found.value}")
 
 
-def _check(expr: Expr, scope: _Scope) -> Kind:
+def _check(expr: Expr, scope: Scope) -> Kind:
     """The kind of `expr`, after checking it and everything below it."""
     match expr:
         case Constant(value=value):
@@ -161,13 +176,15 @@ def _check(expr: Expr, scope: _Scope) -> Kind:
         case Element(row=row, index=index):
             if row != scope.row:
                 scope.refuse(expr, f"elements of {row} cannot be read here")
-            _expect(index, Kind.INT, scope)
+            expect(index, Kind.INT, scope)
             return Kind.FLOAT
-        case Reduce(body=body, size=size):
-            if scope.row is None:
+        case Reduce(body=body, size=size, over=over):
+            if scope.row is None and not scope.reduced:
                 scope.refuse(expr, "a reduction stands in a row transform only")
-            _expect(body, Kind.FLOAT, replace(scope, indices=scope.indices | {"d"}))
-            _expect(size, Kind.INT, _Scope(f"{scope.clause}: size of a reduction", {}, {}, sizes=_SHAPE_SIZES))
+            if over not in (scope.reduced or {"d"}):
+                scope.refuse(expr, f"nothing is reduced over `{over}` here")
+            expect(body, Kind.FLOAT, replace(scope, indices=scope.indices | {over}))
+            expect(size, Kind.INT, Scope(f"{scope.clause}: size of a reduction", {}, {}, sizes=_SHAPE_SIZES))
             return Kind.FLOAT
         case Hole(name=name):
             if name not in scope.holes:
@@ -181,7 +198,7 @@ def _check(expr: Expr, scope: _Scope) -> Kind:
             assert_never(expr)
 
 
-def _check_load(load: Load, scope: _Scope) -> Kind:
+def _check_load(load: Load, scope: Scope) -> Kind:
     tensor = scope.tensors.get(load.tensor)
     if tensor is None:
         scope.refuse(load, f"tensor `{load.tensor}` is not declared")
@@ -190,11 +207,11 @@ def _check_load(load: Load, scope: _Scope) -> Kind:
     if len(load.indices) != len(tensor.shape):
         scope.refuse(load, f"`{load.tensor}` has {len(tensor.shape)} axes")
     for index in load.indices:
-        _expect(index, Kind.INT, scope)
+        expect(index, Kind.INT, scope)
     return load.kind
 
 
-def _check_apply(expr: Apply, scope: _Scope) -> Kind:
+def _check_apply(expr: Apply, scope: Scope) -> Kind:
     operator = OPERATORS.get(expr.op)
     if operator is None:
         scope.refuse(expr, f"`{expr.op}` is no operator")

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attncc.ir.nodes import Apply, Attention, Constant, Expr, ScalarParameter, Size, TensorParameter
+from attncc.ir.nodes import Apply, Constant, Expr, ScalarParameter, Size, TensorParameter
+from attncc.ir.recurrence import Specification
 from attncc.ir.types import DType, Kind
 
 # Positions are 32-bit in the kernels, with room to add two of them.
@@ -68,7 +69,7 @@ class Bound(NamedTuple):
 class Signature:
     """What an attention asks of its callers."""
 
-    def __init__(self, attention: Attention) -> None:
+    def __init__(self, attention: Specification) -> None:
         self.attention = attention
         self.scalars = attention.scalars
         self.defaults = {p.name: p.default for p in self.scalars if p.default is not None}
@@ -105,15 +106,15 @@ class Signature:
                 if inputs:
                     raise Mismatch
                 return Bound(sizes, offset, {}, {})
-            tensors = {p.name: self._tensor(p, inputs[p.name], sizes, q.device) for p in self.tensors}
-            scalars = {p.name: self._scalar(p, inputs.get(p.name, p.default)) for p in self.scalars}
+            tensors = {p.name: self.tensor(p, inputs[p.name], sizes, q.device) for p in self.tensors}
+            scalars = {p.name: self.scalar(p, inputs.get(p.name, p.default)) for p in self.scalars}
         except (AttributeError, TypeError, ValueError, KeyError, OverflowError, RuntimeError) as error:
             raise Mismatch from error  # RuntimeError is what PyTorch says where a tensor has no shape, or no value.
         if len(inputs) > len(tensors) + sum(p.name in inputs for p in self.scalars):
             raise Mismatch
         return Bound(sizes, offset, tensors, scalars)
 
-    def _tensor(self, parameter: TensorParameter, value: Any, sizes: Sizes, device: torch.device) -> Tensor:
+    def tensor(self, parameter: TensorParameter, value: Any, sizes: Sizes, device: torch.device) -> Tensor:
         name = parameter.name
         if not parameter.shape and not isinstance(value, Tensor):
             return scalar_tensor(parameter, value, device)
@@ -126,7 +127,7 @@ class Signature:
         return value.resolve_neg() if value.is_neg() else value
 
     @staticmethod
-    def _scalar(parameter: ScalarParameter, value: Any) -> Any:
+    def scalar(parameter: ScalarParameter, value: Any) -> Any:
         if type(value) is not float:
             if loses_gradient(value):
                 raise Mismatch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -63,20 +64,20 @@ _EXAMPLES = {Kind.INT: "128", Kind.FLOAT: "1.0", Kind.BOOL: "True"}
 def refuse(signature: Signature, operands: Mapping[str, Any], q_offset: Any, inputs: Mapping[str, Any]) -> CallError:
     """The error for arguments that `Signature.bind` has turned down."""
     tensors = {name: value for name, value in operands.items() if isinstance(value, Tensor)}
-    sound = {name: value for name, value in tensors.items() if _is_dense(value) and value.dim() == 4}
+    sound = {name: value for name, value in tensors.items() if is_dense(value) and value.dim() == 4}
     try:
         sizes = operand_sizes(*(sound[name] for name in "qkv"))
     except (Mismatch, ValueError, KeyError):
         sizes = None  # The shapes of captured tensors cannot be told.
     device = tensors["q"].device if "q" in tensors else None
     reasons = [
-        *_kind_reasons(operands),
+        *kind_reasons(operands),
         *_shape_reasons(sound),
-        *_type_reasons(tensors),
-        *_q_offset_reasons(q_offset, sound.get("q")),
-        *_keyword_reasons(signature, inputs),
-        *_scalar_reasons(signature, inputs),
-        *_captured_reasons(signature, sizes, inputs, device),
+        *type_reasons(tensors),
+        *q_offset_reasons(q_offset, sound.get("q")),
+        *keyword_reasons(signature, inputs),
+        *scalar_reasons(signature, inputs),
+        *captured_reasons(signature, sizes, inputs, device),
     ]
     assert reasons, "arguments were refused without a reason"
     return CallError(*_with_layout(reasons, signature, sound, inputs))
@@ -126,12 +127,14 @@ def reads_outside(error: OutOfRange) -> ReadsOutside:
     return ReadsOutside(error.span, error.tensor, error.axis, error.index, error.size, place)
 
 
-def _kind_reasons(operands: Mapping[str, Any]) -> Iterator[Diagnostic]:
+def kind_reasons(
+    operands: Mapping[str, Any], shapes: Mapping[str, str] = MappingProxyType(_OPERAND_SHAPES)
+) -> Iterator[Diagnostic]:
     for name, value in operands.items():
-        shape = _OPERAND_SHAPES[name]
+        shape = shapes[name]
         if not isinstance(value, Tensor):
             yield NotATensor(None, name, type(value).__name__, shape)
-        elif not _is_dense(value):
+        elif not is_dense(value):
             yield NotDense(None, name, _layout(value))
         elif value.dim() != 4:
             yield WrongRank(None, name, str(tuple(value.shape)), 4, shape)
@@ -154,23 +157,23 @@ def _shape_reasons(sound: Mapping[str, Tensor]) -> Iterator[Diagnostic]:
             yield HeadsDoNotDivide(None, heads, heads_kv)
 
 
-def _type_reasons(tensors: Mapping[str, Tensor]) -> Iterator[Diagnostic]:
+def type_reasons(tensors: Mapping[str, Tensor]) -> Iterator[Diagnostic]:
     """Element types and devices of q, k and v: all must be those of the first that may be one."""
-    supported = ", ".join(_short(dtype) for dtype in OPERAND_DTYPES)
+    supported = ", ".join(short(dtype) for dtype in OPERAND_DTYPES)
     standard = next((name for name, value in tensors.items() if value.dtype in OPERAND_DTYPES), None)
     for name, value in tensors.items():
         if value.dtype not in OPERAND_DTYPES or standard is None:
-            yield WrongDType(None, name, _short(value.dtype), f"one of {supported}", "torch.float32")
+            yield WrongDType(None, name, short(value.dtype), f"one of {supported}", "torch.float32")
         elif value.dtype is not tensors[standard].dtype:
-            wanted = _short(tensors[standard].dtype)
-            yield WrongDType(None, name, _short(value.dtype), f"{wanted} (that of {standard})", f"torch.{wanted}")
+            wanted = short(tensors[standard].dtype)
+            yield WrongDType(None, name, short(value.dtype), f"{wanted} (that of {standard})", f"torch.{wanted}")
     first = next(iter(tensors), None)
     for name, value in tensors.items():
         if first is not None and value.device != tensors[first].device:
             yield WrongDevice(None, name, str(value.device), str(tensors[first].device), first)
 
 
-def _q_offset_reasons(q_offset: Any, q: Tensor | None) -> Iterator[Diagnostic]:
+def q_offset_reasons(q_offset: Any, q: Tensor | None) -> Iterator[Diagnostic]:
     number = _number_in(q_offset)
     limit = MAX_LENGTH - (0 if q is None else q.shape[2])
     if number is None or (type(number) is int and -MAX_LENGTH <= number <= limit):
@@ -185,7 +188,7 @@ def _q_offset_reasons(q_offset: Any, q: Tensor | None) -> Iterator[Diagnostic]:
     yield WrongScalar(None, "q_offset", expected, _describe(q_offset), advice)
 
 
-def _keyword_reasons(signature: Signature, inputs: Mapping[str, Any]) -> Iterator[Diagnostic]:
+def keyword_reasons(signature: Signature, inputs: Mapping[str, Any]) -> Iterator[Diagnostic]:
     declared = {p.name: p for p in signature.attention.parameters}
     for name in inputs:
         if name not in declared:
@@ -208,7 +211,7 @@ def _inputs_of(signature: Signature) -> str:
     return f"its inputs are {', '.join(names)}" if names else "it takes q, k and v alone"
 
 
-def _scalar_reasons(signature: Signature, inputs: Mapping[str, Any]) -> Iterator[Diagnostic]:
+def scalar_reasons(signature: Signature, inputs: Mapping[str, Any]) -> Iterator[Diagnostic]:
     for parameter in signature.scalars:
         if parameter.name not in inputs:
             continue
@@ -228,7 +231,7 @@ def _scalar_reasons(signature: Signature, inputs: Mapping[str, Any]) -> Iterator
         yield WrongScalar(parameter.span, name, expected, _describe(value), advice)
 
 
-def _captured_reasons(
+def captured_reasons(
     signature: Signature, sizes: Sizes | None, inputs: Mapping[str, Any], device: torch.device | None
 ) -> Iterator[Diagnostic]:
     for parameter in signature.tensors:
@@ -241,7 +244,7 @@ def _captured_reasons(
             yield NotATensor(parameter.span, name, type(value).__name__, _declared_shape(parameter))
         else:
             yield from _captured_type_reasons(parameter, value, device)
-            if _is_dense(value):
+            if is_dense(value):
                 yield from _captured_shape_reasons(signature, parameter, value, sizes)
 
 
@@ -250,7 +253,7 @@ def _number_reasons(parameter: TensorParameter, value: Any) -> Iterator[Diagnost
         scalar_tensor(parameter, value, torch.device("cpu"))
     except (Mismatch, ValueError, OverflowError, RuntimeError, TypeError):
         dtype = preferred_dtype(parameter)
-        expected = f"{_ARTICLES[dtype.kind]} that fits {_short(TORCH_DTYPES[dtype])}"
+        expected = f"{_ARTICLES[dtype.kind]} that fits {short(TORCH_DTYPES[dtype])}"
         advice = "pass a Python number, or a 0-d tensor"
         yield WrongScalar(parameter.span, parameter.name, expected, _describe(value), advice)
 
@@ -260,12 +263,12 @@ def _captured_type_reasons(
 ) -> Iterator[Diagnostic]:
     dtypes = [TORCH_DTYPES[d] for d in parameter.dtypes]
     if value.dtype not in dtypes:
-        expected = " or ".join(_short(d) for d in dtypes)
-        wanted = f"torch.{_short(TORCH_DTYPES[preferred_dtype(parameter)])}"
-        yield WrongDType(parameter.span, parameter.name, _short(value.dtype), expected, wanted)
+        expected = " or ".join(short(d) for d in dtypes)
+        wanted = f"torch.{short(TORCH_DTYPES[preferred_dtype(parameter)])}"
+        yield WrongDType(parameter.span, parameter.name, short(value.dtype), expected, wanted)
     if device is not None and value.device != device:
         yield WrongDevice(parameter.span, parameter.name, str(value.device), str(device), "q")
-    if not _is_dense(value):
+    if not is_dense(value):
         yield NotDense(parameter.span, parameter.name, _layout(value))
 
 
@@ -306,7 +309,7 @@ def _is_float(number: int | float) -> bool:
     return True
 
 
-def _is_dense(value: Tensor) -> bool:
+def is_dense(value: Tensor) -> bool:
     """Whether the elements of a tensor lie in memory at strides: no sparse, nested or otherwise packed one."""
     return value.layout is torch.strided and not value.is_nested
 
@@ -330,11 +333,11 @@ def _axis_name(parameter: TensorParameter, axis: int) -> str:
 def _describe(value: object) -> str:
     """A value in a few words, whatever it is."""
     if isinstance(value, Tensor):
-        if not _is_dense(value) or value.device.type == "meta" or value.numel() != 1:
+        if not is_dense(value) or value.device.type == "meta" or value.numel() != 1:
             where = " on meta" if value.device.type == "meta" else ""
             return (
                 f"a {_layout(value)} tensor"
-                if not _is_dense(value)
+                if not is_dense(value)
                 else f"a tensor of shape {tuple(value.shape)}{where}"
             )
         value = value.item()
@@ -344,5 +347,5 @@ def _describe(value: object) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def _short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

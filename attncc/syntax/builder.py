@@ -96,11 +96,45 @@ class Builder:
             case "assign":
                 name, value = tree.children
                 return nodes.Clause(str(name), self.expression(value), span, self._span(name))
+            case "recurrence":
+                return self._recurrence(tree, span)
             case _:
                 keyword: Node = tree.children[0]
                 column = self.source.position(span.start)[1] - 1
                 text = "\n".join(_outdented(line, column) for line in span.text.split("\n"))
                 return nodes.Later(str(keyword), text, span, self._span(keyword))
+
+    def _recurrence(self, tree: Node, span: Span) -> nodes.Recurrence:
+        keyword, *body = tree.children
+        colon = self.source.text.index(":", keyword.end_pos) + 1
+        return nodes.Recurrence(
+            tuple(self._recurrence_statement(child) for child in body if child.data != "broken"),
+            span,
+            self._span(keyword),
+            Span(self.source, keyword.start_pos, colon),
+        )
+
+    def _recurrence_statement(self, tree: Node) -> nodes.Let | nodes.Clause | nodes.Update:
+        span = self._line_span(tree)
+        match cast("str", tree.data):
+            case "let":
+                name, value = tree.children
+                return nodes.Let(str(name), self.expression(value), span, self._span(name))
+            case "assign":
+                name, value = tree.children
+                return nodes.Clause(str(name), self.expression(value), span, self._span(name))
+            case "update":
+                name, operator, value = tree.children
+                return nodes.Update(
+                    str(name),
+                    cast("nodes.UpdateOperator", str(operator)),
+                    self.expression(value),
+                    span,
+                    self._span(name),
+                    self._span(operator),
+                )
+            case other:
+                raise AssertionError(other)
 
     def expression(self, tree: Node, depth: int = 0) -> nodes.Expression:
         """The expression of a tree; 0 where it is too deep, which is reported."""
@@ -211,7 +245,10 @@ def clean_doc(text: str) -> str:
 
 # Trees that hold whole lines, so that their own extent reaches over the line break at their end.
 _LINES = frozenset(
-    ("use", "define", "attention", "doc", "let", "assign", "feature_of", "sort_by", "recurrence", "select", "branch")
+    (
+        *("use", "define", "attention", "doc", "let", "assign", "recurrence", "update"),
+        *("feature_of", "sort_by", "later_recurrence", "select", "branch"),
+    )
 )
 
 

@@ -16,6 +16,8 @@ from attncc.syntax.printer import (
     header_lines,
     item_lines,
     name_widths,
+    recurrence_header_lines,
+    recurrence_statement_lines,
     statement_lines,
 )
 
@@ -74,12 +76,23 @@ def _pieces(item: nodes.Item, text: str, *, new_sort: bool) -> list[Piece]:
             ]
             for i, (statement, width) in enumerate(zip(body, name_widths(body, adjoining), strict=True)):
                 first = i == 0 and doc is None
-                pieces.append(_piece(statement.span, statement_lines(statement, width), INDENT, joined=first))
+                if isinstance(statement, nodes.Recurrence):
+                    pieces += _recurrence_pieces(statement, joined=first)
+                else:
+                    pieces.append(_piece(statement.span, statement_lines(statement, width), INDENT, joined=first))
             return pieces
         case nodes.Define():
             return [_piece(item.span, define_lines(item), apart=new_sort)]
         case nodes.Use():
             return [_piece(item.span, item_lines(item), apart=new_sort)]
+
+
+def _recurrence_pieces(recurrence: nodes.Recurrence, *, joined: bool) -> list[Piece]:
+    """The first line and each statement: comments between them stay there."""
+    pieces = [_piece(recurrence.header_span, recurrence_header_lines(), INDENT, joined=joined)]
+    for i, statement in enumerate(recurrence.body):
+        pieces.append(_piece(statement.span, recurrence_statement_lines(statement), 2 * INDENT, joined=i == 0))
+    return pieces
 
 
 def _piece(span: Span, lines: list[str], indent: str = "", *, apart: bool = False, joined: bool = False) -> Piece:

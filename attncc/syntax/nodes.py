@@ -15,6 +15,7 @@ UnaryOperator = Literal["not", "-", "+", "~"]
 BinaryOperator = Literal[
     "or", "and", "|", "^", "&", "<<", ">>", "+", "-", "*", "/", "//", "%", "@", "**"
 ]  # fmt: skip
+UpdateOperator = Literal["*=", "+=", "-="]
 Comparison = Literal["==", "!=", "<", "<=", ">", ">="]
 
 
@@ -185,8 +186,34 @@ class Let:
 
 
 @dataclass(frozen=True, slots=True)
+class Update:
+    """`name *= value` and the like; `operator_span` is the operator's own place."""
+
+    name: str
+    operator: UpdateOperator
+    value: Expression
+    span: Span = _span()
+    name_span: Span = _span()
+    operator_span: Span = _span()
+
+
+@dataclass(frozen=True, slots=True)
+class Recurrence:
+    """`recurrence:` and the statements under it; `header_span` reaches to the colon."""
+
+    body: tuple[Let | Clause | Update, ...]
+    span: Span = _span()
+    name_span: Span = _span()
+    header_span: Span = _span()
+
+    @property
+    def name(self) -> str:
+        return "recurrence"
+
+
+@dataclass(frozen=True, slots=True)
 class Later:
-    """A clause that this version reads as a whole and refuses by name, such as `recurrence:`.
+    """A clause that this version reads as a whole and refuses by name, such as `select`.
 
     `text` holds its lines with the indentation of the clause taken off, as they stand.
     """
@@ -197,7 +224,7 @@ class Later:
     name_span: Span = _span()
 
 
-Statement: TypeAlias = Clause | Let | Later
+Statement: TypeAlias = Clause | Let | Recurrence | Later
 
 
 @dataclass(frozen=True, slots=True)

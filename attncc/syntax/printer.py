@@ -120,7 +120,7 @@ def _sort(statement: nodes.Statement) -> tuple[type[nodes.Statement], bool]:
 
 
 def _is_short(statement: nodes.Statement) -> bool:
-    return not isinstance(statement, nodes.Later) and len(statement_lines(statement)) == 1
+    return not isinstance(statement, nodes.Later | nodes.Recurrence) and len(statement_lines(statement)) == 1
 
 
 def statement_lines(statement: nodes.Statement, width: int = 0) -> list[str]:
@@ -130,8 +130,28 @@ def statement_lines(statement: nodes.Statement, width: int = 0) -> list[str]:
             return _assigned(f"{INDENT}let {name} = ", value, INDENT, width - len(name))
         case nodes.Clause(name=name, value=value):
             return _assigned(f"{INDENT}{name} = ", value, INDENT, width - len(name))
+        case nodes.Recurrence(body=body):
+            return recurrence_header_lines() + [line for inner in body for line in recurrence_statement_lines(inner)]
         case nodes.Later(text=text):
             return [INDENT + line if line else "" for line in text.split("\n")]
+        case _:
+            assert_never(statement)
+
+
+def recurrence_header_lines() -> list[str]:
+    return [f"{INDENT}recurrence:"]
+
+
+def recurrence_statement_lines(statement: nodes.Let | nodes.Clause | nodes.Update) -> list[str]:
+    """The lines of a statement under `recurrence:`. Nothing is aligned there: it is read line by line."""
+    indent = 2 * INDENT
+    match statement:
+        case nodes.Let(name=name, value=value):
+            return _assigned(f"{indent}let {name} = ", value, indent)
+        case nodes.Clause(name=name, value=value):
+            return _assigned(f"{indent}{name} = ", value, indent)
+        case nodes.Update(name=name, operator=operator, value=value):
+            return _assigned(f"{indent}{name} {operator} ", value, indent)
         case _:
             assert_never(statement)
 

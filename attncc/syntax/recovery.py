@@ -51,6 +51,9 @@ _TERMINALS = {
     "BY": "`by`",
     "CHUNK": "`chunk`",
     "BACK": "`back`",
+    "STAR_EQUAL": "`*=`",
+    "PLUS_EQUAL": "`+=`",
+    "MINUS_EQUAL": "`-=`",
 }
 _OPERAND = {"NAME", "NUMBER", "LPAR"}
 _EXPRESSION_START = {*_OPERAND, "NOT", "TRUE", "FALSE"}

@@ -1,0 +1,63 @@
+"""`explain` of a recurrence: its statements as they were understood, and its normal form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from attncc.ir.nodes import Expr
+from attncc.ir.recurrence import Recurrence
+from attncc.ir.text import to_text
+from attncc.passes.normal_form import NormalForm, Sequential, normal_form
+from attncc.passes.simplify import simplify_expr
+
+_SIDES = {
+    "none": "none",
+    "scalar": "one number for the whole state",
+    "key": "by key channel",
+    "value": "by value channel",
+}
+
+
+def explain_recurrence(spec_text: str, recurrence: Recurrence) -> str:
+    """The specification, its statements, their normal form, and the kernel."""
+    form = normal_form(recurrence)
+    sections = [
+        ("Specification", spec_text.strip().splitlines()),
+        ("Meaning", to_text(recurrence).strip().splitlines()[1:]),
+        ("Normal form", list(_none(form) if isinstance(form, Sequential) else _lines(form))),
+        ("Kernel", ["none: this version has no kernels of recurrences; attn.reference computes it token by token"]),
+    ]
+    return "\n\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections) + "\n"
+
+
+def _none(form: Sequential) -> Iterator[str]:
+    yield f"none: {form.why}"
+    if form.span is not None:
+        yield f"at {form.span}: {form.span.text.strip()}"
+    yield "such a recurrence runs token by token"
+
+
+def _lines(form: NormalForm) -> Iterator[str]:
+    decayed = "S" if form.side == "none" else "S~"
+    yield f"decay   {_SIDES[form.side]}" + (
+        "" if form.side == "none" else f": S~ = exp(g) * S, g = {_text(form.log_decay)}"
+    )
+    for erase in form.erases:
+        yield f"erase   S' -= r (e . {'S' if erase.before else decayed})"
+        yield f"        e = {_text(erase.e)}"
+        same = any(erase.r == write.key for write in form.writes)
+        yield f"        r = {_text(erase.r)}" + (", the key of a write" if same else "")
+    for write in form.writes:
+        yield "write   S' += key value"
+        yield f"        key = {_text(write.key)}"
+        yield f"        value = {_text(write.value)}"
+    yield f"read    query . {'S, before' if form.read == 'pre' else chr(39).join(('S', ', after'))} the update"
+    yield f"        query = {_text(form.query)}"
+    if form.gate is not None:
+        yield f"gate    {_text(form.gate)}, times what is read"
+    if form.bonus is not None:
+        yield f"bonus   {_text(form.bonus)}, added to what is read"
+
+
+def _text(expr: Expr) -> str:
+    return to_text(simplify_expr(expr))
