@@ -128,16 +128,15 @@ class Signature:
 
     @staticmethod
     def scalar(parameter: ScalarParameter, value: Any) -> Any:
-        if type(value) is not float:
-            if loses_gradient(value):
-                raise Mismatch
-            value = python_number(value)
-        kind, given = parameter.kind, _type(value)
+        number = python_number(value)
+        if number is not value and loses_gradient(value):
+            raise Mismatch
+        kind, given = parameter.kind, _type(number)
         if given not in PYTHON_TYPES[kind] or (
-            kind is Kind.INT and not _lies_within(value, INT_RANGE[0], INT_RANGE[-1])
+            kind is Kind.INT and not _lies_within(number, INT_RANGE[0], INT_RANGE[-1])
         ):
             raise Mismatch
-        return torch.sym_float(value) if kind is Kind.FLOAT else value
+        return torch.sym_float(number) if kind is Kind.FLOAT else number
 
 
 # Numbers that a tracer does not know yet, and what they stand for.
