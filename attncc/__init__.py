@@ -1,11 +1,15 @@
 """attncc, the attention compiler: from a few lines of mathematics to a fast, verified kernel."""
 
+import sys
 from typing import TYPE_CHECKING
 
 # A submodule sets its name here when it is first imported: `check` before the function of that name does.
-import attncc.check  # noqa: F401  # pyright: ignore[reportUnusedImport]
+import attncc.check  # pyright: ignore[reportUnusedImport]
 from attncc.build import build, check, register_operators
 from attncc.diagnostics import AttnError, BuildError, CallError, SpecError
+
+if "torch" in sys.modules:  # Whoever has imported PyTorch will call: then the first build need not import the rest.
+    import attncc.runtime.call  # noqa: F401
 
 if TYPE_CHECKING:
     from attncc.runtime.call import CompiledAttention

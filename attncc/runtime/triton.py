@@ -10,6 +10,7 @@ and scalars are arguments of the compiled function.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ from attncc.runtime.triton_fields import Function, Variant, functions_of, itemsi
 
 # Bytes of keys and values that a section of heads may take of the second-level cache, where late queries go first.
 _SECTION_BYTES = 32 << 20
+# Python up to 3.12 counts the depth of syntax trees for all threads together: two that parse at once may fail.
+_PARSING = threading.RLock()
 # A tile of rows this far apart may span 2**31 elements.
 _WIDE_STRIDE = 1 << 23
 
@@ -269,14 +272,15 @@ class LoadedModule:
 
     def _imported(self) -> Any:
         try:
-            if self.interpreted:
-                from attncc.runtime.interpreter import InterpretedModule
+            with _PARSING:
+                if self.interpreted:
+                    from attncc.runtime.interpreter import InterpretedModule
 
-                module = InterpretedModule(self.path)
-                found = module.functions
-            else:
-                module = import_module(self.path, self.path.stem)
-                found = vars(module)
+                    module = InterpretedModule(self.path)
+                    found = module.functions
+                else:
+                    module = import_module(self.path, self.path.stem)
+                    found = vars(module)
         except Exception as error:
             if isinstance(error, ImportError) and (error.name or "").startswith("triton"):
                 raise BuildError(NoTriton(None, str(error))) from error
