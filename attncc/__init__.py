@@ -9,7 +9,7 @@ from attncc.build import build, check, register_operators
 from attncc.diagnostics import AttnError, BuildError, CallError, SpecError
 
 if "torch" in sys.modules:  # Whoever has imported PyTorch will call: then the first build need not import the rest.
-    import attncc.runtime.call  # noqa: F401
+    import attncc.runtime.call  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 if TYPE_CHECKING:
     from attncc.runtime.call import CompiledAttention
