@@ -8,7 +8,7 @@ import attncc.check  # pyright: ignore[reportUnusedImport]
 from attncc.build import build, check, register_operators
 from attncc.diagnostics import AttnError, BuildError, CallError, SpecError
 
-if "torch" in sys.modules:  # Whoever has imported PyTorch will call: then the first build need not import the rest.
+if sys.modules.get("torch"):  # Whoever has imported PyTorch will call: then the first build need not import the rest.
     import attncc.runtime.call  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 if TYPE_CHECKING:
