@@ -14,7 +14,6 @@ from attncc.ir.rewrite import kind_of, walk
 from attncc.ir.text import to_text
 from attncc.ir.types import DType, Kind
 from attncc.plan.backward import plan_backward
-from attncc.plan.build import block_exprs
 from attncc.plan.nodes import (
     BackwardPlan,
     BackwardProgram,
@@ -26,6 +25,7 @@ from attncc.plan.nodes import (
     StagedValues,
     Target,
 )
+from attncc.plan.reads import block_exprs
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FOLDER = Path(__file__).parent / "plans"

@@ -18,8 +18,8 @@ from attncc.ir.text import to_text
 from attncc.ir.types import DType, Kind
 from attncc.passes.differentiate_rows import part_gradients, transposed_row
 from attncc.passes.parts import learned_elements
-from attncc.plan.build import specialize
 from attncc.plan.nodes import Specialization
+from attncc.plan.rows import specialize
 from attncc.reference import Scope, transformed, value
 
 ROWS, HEADS, F64 = 5, 3, torch.float64

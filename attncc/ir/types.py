@@ -1,8 +1,9 @@
-"""Types of the IR: the kind of a scalar expression and the element types of tensors."""
+"""Types of the IR: the kind of a scalar expression, the element types of tensors, what pairs may share."""
 
 from __future__ import annotations
 
 from enum import Enum
+from typing import Literal, TypeAlias
 
 
 class Kind(Enum):
@@ -38,3 +39,7 @@ class DType(Enum):
 
 FLOATS = (DType.F16, DType.BF16, DType.F32, DType.F64)
 INTS = (DType.I32, DType.I64)
+
+# Which pairs share a value, and so an entry of its gradient: all of a head (B, H); those of a query (B, H, M); those of
+# a key (B, H, N); those at one distance (B, H, M + N - 1), entry q_row - kv_idx + N - 1; none.
+Along: TypeAlias = Literal["head", "row", "column", "diagonal", "pair"]

@@ -11,16 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
-from typing import Literal, TypeAlias
 
 from attncc.ir.nodes import Apply, Element, Expr, Hole, Index, Load, Reduce, Size, Variable
 from attncc.ir.rewrite import children, contains, kind_of, map_children, substitute, walk
-from attncc.ir.types import Kind
+from attncc.ir.types import Along, Kind
 from attncc.passes.algebra import ZERO, canonical, expr_of, linear
 from attncc.passes.variance import variance
-
-# All pairs of a head share it; those of a query; of a key; those at one distance; none do.
-Along: TypeAlias = Literal["head", "row", "column", "diagonal", "pair"]
 
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 

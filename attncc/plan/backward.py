@@ -13,7 +13,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from attncc.ir.blocks import BlockStructure
-from attncc.ir.nodes import Apply, Attention, Constant, Expr, Hole, Load, RowName, Softmax, identity_row
+from attncc.ir.nodes import Apply, Attention, Constant, Expr, Hole, Load, Softmax
 from attncc.ir.rewrite import substitute
 from attncc.ir.types import DType
 from attncc.passes.blocks import block_structure
@@ -22,28 +22,6 @@ from attncc.passes.differentiate_rows import part_gradients, transposed_row
 from attncc.passes.parts import learned_elements, learned_parts
 from attncc.passes.simplify import simplify_expr
 from attncc.passes.transpose import transposed_block_structure
-from attncc.plan.build import (
-    PAIR_LEVELS,
-    PAIR_SUFFIXES,
-    block_exprs,
-    cheapened,
-    folds_scale,
-    hoisted_blocks,
-    normalizer_parts,
-    pair_level,
-    plan_rows,
-    plan_rows_of,
-    plan_tiles,
-    reserved,
-    scalars_in,
-    specialize,
-    tables_of,
-    tensors_in,
-    values_of,
-    varies_with_head,
-    with_group_size,
-    within_width,
-)
 from attncc.plan.cpp_tiles import choose_backward_tile as choose_cpp_tile
 from attncc.plan.nodes import (
     Adjoint,
@@ -56,25 +34,28 @@ from attncc.plan.nodes import (
     Tile,
     TilesPlan,
 )
+from attncc.plan.pairs import (
+    PAIR_LEVELS,
+    PAIR_SUFFIXES,
+    cheapened,
+    folds_scale,
+    hoisted_blocks,
+    normalizer_parts,
+    pair_level,
+)
+from attncc.plan.reads import block_exprs, reserved, scalars_in, tensors_in, values_of
+from attncc.plan.rows import plan_operands, plan_rows_of, within_width
 from attncc.plan.stage import Stager, share_all
+from attncc.plan.tables import plan_tiles, tables_of
 from attncc.plan.triton_tiles import choose_backward_tiles as choose_triton_tiles
-
-ROWS: tuple[RowName, ...] = ("q", "k", "v")
 
 
 def plan_backward(
     attention: Attention, specialization: Specialization, target: Target, wanted: AbstractSet[str]
 ) -> BackwardProgram:
     """The kernels of a backward pass. wanted: the captured tensors whose gradients are asked for, beside q, k and v."""
-    attention = specialize(attention, specialization)
-    per_query_head = any(varies_with_head(transform) for transform in (attention.k, attention.v))
-    if per_query_head:
-        attention = with_group_size(attention)
-    rows = tuple(
-        plan_rows(attention, row, specialization, target, per_query_head=per_query_head)
-        for row in ROWS
-        if getattr(attention, row) != identity_row(row) or (per_query_head and row != "q")
-    )
+    operands = plan_operands(attention, specialization, target)
+    attention, rows = operands.spec, operands.rows
     backward = _plan_pairs(attention, specialization, target, wanted)
     sink = attention.normalizer.sink if isinstance(attention.normalizer, Softmax) else None
     return BackwardProgram(
@@ -87,7 +68,7 @@ def plan_backward(
         sink=sink if backward.writes_delta else None,
         specialization=specialization,
         target=target,
-        operand_heads="H" if per_query_head else "HKV",
+        operand_heads=operands.heads,
     )
 
 

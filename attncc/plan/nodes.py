@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 
 from attncc.ir.blocks import BlockStructure
 from attncc.ir.nodes import Attention, Expr, Load, RowName
-from attncc.ir.types import DType, Kind
+from attncc.ir.types import Along, DType, Kind
 
 # A run-time scalar of kernels, not of specifications: H // HKV of the call. It stands for the key/value head of a query
 # head where k and v have been written out once per query head, so that the kernel's own HKV is H.
@@ -207,15 +207,11 @@ class ForwardPlan:
     tile: Tile
 
 
-# Which pairs share an entry of an adjoint: all of a head (B, H); those of a query (B, H, M); those of a key (B, H, N);
-# those at one distance (B, H, M + N - 1), entry q_row - kv_idx + N - 1; none, each adds to the tensor that it read.
-Along: TypeAlias = Literal["head", "row", "column", "diagonal", "pair"]
-
-
 @dataclass(frozen=True, slots=True)
 class Adjoint:
     """The gradient of one part of the pair's value: a part that reads captured tensors whose gradient is wanted, and
-    neither the product of query and key nor anything else that varies more than `along` says.
+    neither the product of query and key nor anything else that varies more than `along` says. What no other pair shares
+    is added to the tensor that it was read from.
 
     part     an expression as the specification has it, over coordinates and loads; for `pair` a `Load`
     place    for `pair`: that load as the kernel's printer reads it, over hoisted values; else None
