@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 from attncc.diagnostics import BuildError
 from attncc.resources import folder as resource_folder
-from attncc.runtime.errors import NoCacheFolder
+from attncc.runtime.toolchain_errors import NoCacheFolder
 
 T = TypeVar("T")
 

@@ -23,7 +23,7 @@ from attncc.emit.cpp_machine import argument_fields
 from attncc.plan.nodes import KernelPlan
 from attncc.runtime.cache import key_of, sweep, temporary_file, write_atomically
 from attncc.runtime.cpp_toolchain import compile_library, find_compiler, flags
-from attncc.runtime.errors import NotALibrary
+from attncc.runtime.toolchain_errors import NotALibrary
 
 _DIGEST_BYTES = 32
 

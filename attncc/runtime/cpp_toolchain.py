@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attncc.diagnostics import BuildError
-from attncc.runtime.errors import CompilerFailed, NoCompiler
+from attncc.runtime.toolchain_errors import CompilerFailed, NoCompiler
 
 # Features that an architecture needs, as /proc/cpuinfo names them, widest first.
 _FEATURES: dict[str, frozenset[str]] = {

@@ -13,7 +13,7 @@ from attncc.emit.families import target_of
 from attncc.plan.nodes import Target
 from attncc.plan.triton_tiles import MACHINES
 from attncc.runtime.cpp_toolchain import ARCHS, native_arch
-from attncc.runtime.errors import NoKernelForDevice, UnknownArch, UnsupportedArch
+from attncc.runtime.toolchain_errors import NoKernelForDevice, UnknownArch, UnsupportedArch
 from attncc.runtime.triton import arch_of
 
 INTERPRET = "interpret"
