@@ -90,7 +90,7 @@ class Scope:
     position: Tensor | None = None
     floating: torch.dtype = torch.float64
     row_dtype: torch.dtype = torch.float64
-    axes: Mapping[str, int] = field(default_factory=lambda: {"d": -1})
+    axes: Mapping[str, int] = field(default_factory=lambda: {"d": -2, "e": -1})
 
 
 TRUE = torch.tensor(True)
@@ -316,23 +316,26 @@ def _weights(
 
 
 def transformed(
-    expr: Expr, row: RowName, x: Tensor, positions: Mapping[str, Tensor], scope: Scope, used: Tensor = TRUE
+    expr: Expr, row: RowName, x: Tensor, at: Mapping[str, Tensor], scope: Scope, used: Tensor = TRUE, width: int = 0
 ) -> Tensor:
-    """Each row of `x` (R, width) transformed by `expr`, the value of element d. Rows not `used` have no gradient."""
-    indices = {name: index[:, None] for name, index in positions.items()}
-    indices["d"] = torch.arange(x.shape[1])[None, :]
+    """Each row of `x` (R, D) transformed by `expr`, the value of element d: (R, width), D if that is 0. Rows not `used`
+    have no gradient."""
+    # Three axes: row, d, e.
+    indices = {name: index[:, None, None] for name, index in at.items()}
+    shape = (len(x), width or x.shape[1])
+    indices["d"] = torch.arange(shape[1])[None, :, None]
     inner = replace(
         scope,
         indices={**scope.indices, **indices},
         rows={row: x},
-        position=torch.arange(x.shape[0])[:, None],
+        position=torch.arange(len(x))[:, None, None],
         reads=[],
     )
     result = value(expr, inner)
     check_reads(inner)
     if result.requires_grad and not used.all():
-        result = value(expr, replace(inner, reads=[]), used[:, None])
-    return result.to(scope.row_dtype).to(x.dtype).broadcast_to(x.shape)
+        result = value(expr, replace(inner, reads=[]), used[:, None, None])
+    return result.to(scope.row_dtype).to(x.dtype).broadcast_to(*shape, 1).squeeze(2)
 
 
 def _at_rows(expr: Expr, positions: Mapping[str, Tensor], scope: Scope, active: Tensor) -> Tensor:

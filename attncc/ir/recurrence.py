@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias, assert_never
+from typing import Literal, TypeAlias, assert_never
 
-from attncc.ir.nodes import Attention, Expr, Index, Load, ScalarParameter, TensorParameter
+from attncc.ir.nodes import Apply, Attention, Expr, Index, Load, Reduce, ScalarParameter, Size, TensorParameter
 from attncc.ir.types import Kind
 from attncc.source import Span
 
@@ -63,8 +63,15 @@ Statement: TypeAlias = Update | Bind | Output
 class Recurrence:
     """An attention given as a recurrence (forward meaning: docs/language.md).
 
-    q, k, v      element `d` of the transformed row, over `Element` and coordinates, as in `Attention`
-    statements   what each token does, in order; one of them is an `Output`
+    q, k, v        element `d` of the transformed row, over `Element` and coordinates, as in `Attention`; q and k have
+                   `key_width` of them, and all may sum over `e` besides (products with matrices)
+    statements     what each token does, in order; one of them is an `Output`
+    key_width      the extent of `d` in statements, and so of the state's first axis; made of constants, D and E
+    normalizer     "sum": the output is divided by what the statements make of ones in the place of v, and 0 where that
+                   is 0. The state has one more value column for it, the last one: E + 1 in all
+    bidirectional  every query reads the state that all tokens have left, and there may be more or fewer queries than
+                   tokens (M, N). Updates do not read q, the output reads neither k nor v, and nothing is bound; the
+                   position of a query is t + q_offset as ever, that of a key t
     """
 
     name: str
@@ -74,6 +81,9 @@ class Recurrence:
     k: Expr
     v: Expr
     statements: tuple[Statement, ...]
+    key_width: Expr = Size("D")
+    normalizer: Literal["none", "sum"] = "none"
+    bidirectional: bool = False
 
     @property
     def scalars(self) -> tuple[ScalarParameter, ...]:
@@ -91,6 +101,12 @@ STATE = Load("S", (*HEAD, *CHANNELS), Kind.FLOAT)
 QUERY = Load("q", (*HEAD, Index("t"), Index("d")), Kind.FLOAT)
 KEY = Load("k", (*HEAD, Index("t"), Index("d")), Kind.FLOAT)
 VALUE = Load("v", (*HEAD, Index("t"), Index("e")), Kind.FLOAT)
+
+
+def linear_statements(query: Expr, key_width: Expr) -> tuple[Statement, ...]:
+    """What linear attention does: the state gains the product of key and value, and `query` (over d) reads it."""
+    written = Apply("add", (STATE, Apply("mul", (KEY, VALUE))))
+    return Update(written), Output(Reduce("sum", Apply("mul", (query, STATE)), key_width))
 
 
 def map_expressions(recurrence: Recurrence, f: Callable[[Expr], Expr]) -> Recurrence:

@@ -8,14 +8,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from attncc.ir.errors import IRError
-from attncc.ir.nodes import Expr, RowName, Size, TensorParameter
+from attncc.ir.nodes import Expr, Load, Reduce, RowName, Size, TensorParameter
 from attncc.ir.recurrence import CHANNELS, Bind, Output, Recurrence, Statement, Update, statement_name
-from attncc.ir.rewrite import has_free
+from attncc.ir.rewrite import contains, has_free, walk
+from attncc.ir.text import to_text
 from attncc.ir.types import FLOATS, Kind
 from attncc.ir.verify import Scope, declarations, expect
 
 _TOKEN = frozenset({"b", "h", "hkv", "t"})
-_ROWS: dict[str, tuple[str, ...]] = {"q": ("B", "H", "N", "D"), "k": ("B", "H", "N", "D"), "v": ("B", "H", "N", "E")}
+_STATIC = frozenset({"D", "E"})
 _RESERVED = frozenset({"t", "S", "out", "d", "e"})
 
 
@@ -26,10 +27,19 @@ def verify_recurrence(recurrence: Recurrence) -> None:
     for name in _RESERVED & {p.name for p in recurrence.parameters}:
         raise IRError(f"parameter `{name}`: not a name that a parameter can have")
     for row in ("q", "k", "v"):
-        scope = Scope(row, scalars, tensors, indices=_TOKEN | {"d"}, row=row, reduced=frozenset({"d"}))
+        scope = Scope(row, scalars, tensors, indices=_TOKEN | {"d"}, row=row, reduced=frozenset({"d", "e"}))
         expect(_transform(recurrence, row), Kind.FLOAT, scope)
-    local = {name: _local(name, sizes) for name, sizes in _ROWS.items()}
-    local["S"] = _local("S", ("B", "H", "D", "E"))
+    keys = recurrence.key_width
+    expect(keys, Kind.INT, Scope("the width of keys", {}, {}, sizes=_STATIC))
+    queries = Size("M") if recurrence.bidirectional else Size("N")
+    head, token, values = (Size("B"), Size("H")), Size("N"), Size("E")
+    shapes: dict[str, tuple[Expr, ...]] = {
+        "q": (*head, queries, keys),
+        "k": (*head, token, keys),
+        "v": (*head, token, values),
+        "S": (*head, keys, values),
+    }
+    local = {name: TensorParameter(name, FLOATS, shape) for name, shape in shapes.items()}
     scope = Scope("", scalars, {**tensors, **local}, indices=_TOKEN, reduced=frozenset({"d", "e"}))
     outputs = 0
     for statement in recurrence.statements:
@@ -40,11 +50,39 @@ def verify_recurrence(recurrence: Recurrence) -> None:
         if isinstance(statement, Bind):
             if name in scope.tensors or name in scalars:
                 raise IRError(f"`{name}`: bound where it has a meaning already")
-            sizes = tuple(size for index, size in (("d", "D"), ("e", "E")) if index in channels)
-            bound = _local(name, ("B", "H", *sizes))
+            sizes = tuple(size for index, size in (("d", keys), ("e", values)) if index in channels)
+            bound = TensorParameter(name, FLOATS, (*head, *sizes))
             scope = replace(scope, tensors={**scope.tensors, name: bound})
     if outputs != 1:
         raise IRError(f"{recurrence.name}: a recurrence has one output, not {outputs}")
+    if recurrence.normalizer == "sum":
+        _verify_normalized(recurrence)
+    if recurrence.bidirectional:
+        _verify_bidirectional(recurrence)
+
+
+def _verify_normalized(recurrence: Recurrence) -> None:
+    """The last value column is a column of ones: what varies with value channels is made of v and the state."""
+    for statement in recurrence.statements:
+        for node in walk(statement.value):
+            reads_channel = isinstance(node, Load) and any(has_free(index, "e") for index in node.indices)
+            if isinstance(node, Reduce) and node.over == "e":
+                raise IRError(f"{recurrence.name}: a sum over value channels would count the one of the sum of weights")
+            if reads_channel and node.tensor not in ("v", "S"):  # pyright: ignore[reportAttributeAccessIssue]
+                raise IRError(f"{recurrence.name}: {to_text(node)} has no element for the sum of weights")
+
+
+def _verify_bidirectional(recurrence: Recurrence) -> None:
+    for statement in recurrence.statements:
+        match statement:
+            case Bind():
+                raise IRError(f"{recurrence.name}: nothing is bound where every query reads all tokens")
+            case Update():
+                unseen = {"q"}
+            case Output():
+                unseen = {"k", "v"}
+        if contains(statement.value, lambda node, unseen=unseen: isinstance(node, Load) and node.tensor in unseen):
+            raise IRError(f"{recurrence.name}: queries and tokens are different rows, in {to_text(statement.value)}")
 
 
 def _channels(statement: Statement) -> frozenset[str]:
@@ -60,7 +98,3 @@ def _channels(statement: Statement) -> frozenset[str]:
 
 def _transform(recurrence: Recurrence, row: RowName) -> Expr:
     return {"q": recurrence.q, "k": recurrence.k, "v": recurrence.v}[row]
-
-
-def _local(name: str, sizes: tuple[str, ...]) -> TensorParameter:
-    return TensorParameter(name, FLOATS, tuple(Size(size) for size in sizes))  # pyright: ignore[reportArgumentType]

@@ -88,11 +88,13 @@ def _recurrence(r: Recurrence) -> str:
     if r.doc:
         lines.append(f"  doc = {r.doc!r}")
     lines += [f"  {name:<3} = {_expr(row)}" for name, row in (("q", r.q), ("k", r.k), ("v", r.v))]
-    lines.append("  for each token t:")
+    lines.append(f"  keys of {_expr(r.key_width)}" if r.key_width != Size("D") else "")
+    lines.append("  divided by the sum" if r.normalizer == "sum" else "")
+    lines.append("  for all tokens t, before any output:" if r.bidirectional else "  for each token t:")
     for statement in r.statements:
         let = "let " if isinstance(statement, Bind) else ""
         lines.append(f"    {let}{statement_name(statement):<3} = {_expr(statement.value)}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(filter(None, lines)) + "\n"
 
 
 def _attention(a: Attention) -> str:

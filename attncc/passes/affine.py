@@ -83,8 +83,8 @@ def affine(expr: Expr, known: Mapping[str, Affine]) -> Affine:
                 raise NotAffine("a choice depends on the state", expr.span)
             otherwise = Apply("not", (condition,))
             return _where(condition, affine(a, known)).plus(_where(otherwise, affine(b, known)))
-        case Reduce(op="sum", body=body, over=over):
-            return _sum(affine(body, known), over, expr)
+        case Reduce(op="sum", body=body):
+            return _sum(affine(body, known), expr)
         case Reduce():
             raise NotAffine("the greatest of what depends on the state is no linear function of it", expr.span)
         case Apply(op=op):
@@ -105,25 +105,25 @@ def _where(condition: Expr, value: Affine) -> Affine:
     return Affine(chosen(condition, value.constant), terms)
 
 
-def _sum(value: Affine, over: str, expr: Expr) -> Affine:
+def _sum(value: Affine, expr: Reduce) -> Affine:
     """The sum over all d, or all e."""
     coefficients = (value.constant, *value.terms.values())
     if any(monomial.mixed for coefficient in coefficients for monomial in coefficient):
         raise NotAffine("a sum over channels has a factor that varies with key and value channel at once", expr.span)
-    result = Affine(plus((), tuple(monomial.reduced(over) for monomial in value.constant)))
+    result = Affine(plus((), tuple(monomial.reduced(expr.over, expr.size) for monomial in value.constant)))
     for read, coefficient in value.terms.items():
         for monomial in coefficient:
-            result = result.plus(_summed(read, monomial, over))
+            result = result.plus(_summed(read, monomial, expr))
     return result
 
 
-def _summed(read: Read, monomial: Monomial, over: str) -> Affine:
-    if over == "d":
+def _summed(read: Read, monomial: Monomial, expr: Reduce) -> Affine:
+    if expr.over == "d":
         if read.keys is not None:  # summed over d already: the rest is a factor
-            return Affine(terms={read: (monomial.reduced("d"),)})
+            return Affine(terms={read: (monomial.reduced("d", expr.size),)})
         rest = Monomial(monomial.number, monomial.scalar, (), monomial.value)
         return Affine(terms={Read(monomial.key, read.values): (rest,)})
     if read.values is not None:
-        return Affine(terms={read: (monomial.reduced("e"),)})
+        return Affine(terms={read: (monomial.reduced("e", expr.size),)})
     rest = Monomial(monomial.number, monomial.scalar, monomial.key)
     return Affine(terms={Read(read.keys, monomial.value): (rest,)})

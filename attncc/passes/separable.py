@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
-from attncc.ir.nodes import Apply, Constant, Expr, Reduce, Size
+from attncc.ir.nodes import Apply, Constant, Expr, Reduce
 from attncc.ir.rewrite import has_free
 from attncc.ir.text import to_text
 from attncc.passes.simplify import simplify_expr
@@ -20,7 +20,6 @@ from attncc.passes.simplify import simplify_expr
 Factors: TypeAlias = tuple[Expr, ...]
 
 ONE = Constant(1.0)
-_SIZES = {"d": Size("D"), "e": Size("E")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +48,10 @@ class Monomial:
     def expr(self) -> Expr:
         return product(self.scalar + self.key + self.value + self.mixed, self.number)
 
-    def reduced(self, index: str) -> Monomial:
-        """The sum over d (or e) of what varies with it, as one more scalar factor. Nothing is mixed."""
+    def reduced(self, index: Literal["d", "e"], size: Expr) -> Monomial:
+        """The sum over d (or e) in [0, size) of what varies with it, as one more scalar factor. Nothing is mixed."""
         body = product(self.key if index == "d" else self.value)
-        total = Reduce("sum", body, _SIZES[index], over="d" if index == "d" else "e")
+        total = Reduce("sum", body, size, over=index)
         kept = replace(self, key=()) if index == "d" else replace(self, value=())
         return kept.times(Monomial(scalar=(total,)))
 
