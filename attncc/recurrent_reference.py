@@ -6,7 +6,8 @@ Differentiable by torch autograd.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import assert_never
@@ -28,6 +29,7 @@ def evaluate(
     inputs: Mapping[str, Tensor | bool | float],
     initial_state: Tensor | None = None,
     q_offset: int = 0,
+    offsets: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output of every token and the state after the last one, in float64.
 
@@ -35,22 +37,38 @@ def evaluate(
     the greatest of the three numbers of heads and each of them divides it; q (B, heads, M, D) and o (B, H, M, E) where
     the recurrence is bidirectional. initial_state: as the state, 0 if not given. Where outputs are divided by a sum the
     state has E + 1 columns, the last one of which is that of the sum. q_offset: the position of the first token (of the
-    first query, where bidirectional). Raises `OutOfRange` for a read outside a tensor.
+    first query, where bidirectional). offsets: where each sequence begins that is packed along N, and the end of the
+    last; B is 1 then, and states are (sequences, H, key_width, E). Raises `OutOfRange` for a read outside a tensor.
     """
     # Index tensors are made where the operands are.
     with nullcontext() if q.device.type == "cpu" else q.device:
         scope = token_scope(recurrence, q, k, v, inputs, q_offset)
         sizes, width = scope.sizes, scope.inputs["k"].shape[3]
         columns = scope.inputs["v"].shape[3]
-        shape = (sizes["B"], sizes["H"], width, columns)
+        shape = (sizes["B"] if offsets is None else len(offsets) - 1, sizes["H"], width, columns)
         state = torch.zeros(shape, dtype=torch.float64) if initial_state is None else initial_state.to(torch.float64)
         outputs: list[Tensor] = []
-        for statements, count in _passes(recurrence, sizes):
-            for t in range(count):
-                o, state = _token(statements, at_token(scope, t), state)
-                outputs += [] if o is None else [o]
-        o = torch.stack(outputs, 2) if outputs else state.new_zeros(*shape[:2], 0, columns)
+        if offsets is None:
+            for statements, count in _passes(recurrence, sizes):
+                state = _run(statements, scope, range(count), state, outputs)
+        else:
+            ranges = [range(start, end) for start, end in itertools.pairwise(offsets)]
+            states = [
+                _run(recurrence.statements, scope, tokens, state[i : i + 1], outputs) for i, tokens in enumerate(ranges)
+            ]
+            state = torch.cat([state[:0], *states])
+        o = torch.stack(outputs, 2) if outputs else state.new_zeros(sizes["B"], sizes["H"], 0, columns)
         return _normalized(o) if recurrence.normalizer == "sum" else o, state
+
+
+def _run(
+    statements: tuple[Statement, ...], scope: Scope, tokens: range, state: Tensor, outputs: list[Tensor]
+) -> Tensor:
+    """The state after some tokens; their outputs go to the end of `outputs`."""
+    for t in tokens:
+        o, state = _token(statements, at_token(scope, t), state)
+        outputs += [] if o is None else [o]
+    return state
 
 
 def _passes(recurrence: Recurrence, sizes: Mapping[str, int]) -> list[tuple[tuple[Statement, ...], int]]:
