@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attncc.ir.nodes import Attention, Size, TensorParameter
+from attncc.ir.nodes import Size, TensorParameter
+from attncc.ir.recurrence import Specification
 from attncc.ir.rewrite import contains
 from attncc.ir.types import DType, Kind
 from attncc.runtime.arguments import DTYPES, TORCH_DTYPES, Signature, Sizes, preferred_dtype
@@ -26,7 +27,7 @@ def operands(sizes: Sizes, dtype: torch.dtype, generator: torch.Generator) -> tu
 
 
 def captured_tensors(
-    attention: Attention,
+    attention: Specification,
     sizes: Sizes,
     dtype: torch.dtype,
     generator: torch.Generator,

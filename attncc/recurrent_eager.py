@@ -1,0 +1,80 @@
+"""A recurrence as the token loop that one would write by hand in eager PyTorch: operands in their type, an f32 state.
+
+It is what `verify` measures a kernel's error beside.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attncc.ir.recurrence import Recurrence
+from attncc.passes.updates import UpdateForm
+from attncc.runtime.recurrent_operands import Operands, prepare
+
+
+def token_loop(
+    recurrence: Recurrence,
+    form: UpdateForm,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: Mapping[str, Any],
+    initial_state: Tensor | None = None,
+    q_offset: int = 0,
+    offsets: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """o and the last state; arguments and results as those of the reference. Differentiable."""
+    prepared = prepare(recurrence, form, q, k, v, inputs, q_offset)
+    operands, wide = prepared.operands, torch.promote_types(q.dtype, torch.float32)
+    batch, heads, tokens, width = operands.query.shape
+    sequences = batch if offsets is None else len(offsets) - 1
+    shape = (sequences, heads, width, prepared.value_width)
+    state = q.new_zeros(shape, dtype=wide) if initial_state is None else initial_state.to(wide)
+    if recurrence.bidirectional:
+        for key, value in zip(operands.keys, operands.values, strict=True):
+            assert value is not None
+            state = state + key.to(wide).mT @ value.to(wide)
+        return prepared.finished((operands.query.to(wide) @ state).to(q.dtype)), state
+    outputs: list[Tensor] = []
+    states: list[Tensor] = []
+    ranges = [(0, tokens)] if offsets is None else list(itertools.pairwise(offsets))
+    for number, (start, end) in enumerate(ranges):
+        current = state if offsets is None else state[number : number + 1]
+        for t in range(start, end):
+            o, current = _token(form, operands, t, current)
+            outputs.append(o)
+        states.append(current)
+    output = torch.stack(outputs, 2) if outputs else q.new_zeros((batch, heads, 0, prepared.value_width), dtype=wide)
+    return prepared.finished(output.to(q.dtype)), torch.cat(states) if states else state
+
+
+def _token(form: UpdateForm, operands: Operands, t: int, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The output (B, H, E) of a token and the state that it leaves."""
+    before, state = state, state * _decay(form, operands.log_decay, t)
+    read = before if form.before else state
+    gains: list[Tensor] = []
+    for key, value, erase in zip(operands.keys, operands.values, operands.erases, strict=True):
+        u = None if value is None else value[:, :, t].to(state.dtype)
+        if erase is not None:
+            found = (erase[:, :, t, None, :].to(state.dtype) @ read)[:, :, 0]
+            u = -found if u is None else u - found
+        assert u is not None
+        gains.append(key[:, :, t, :, None].to(state.dtype) * u[:, :, None, :])
+    for gain in gains:
+        state = state + gain
+    seen = before if form.read == "pre" else state
+    return (operands.query[:, :, t, None, :].to(state.dtype) @ seen)[:, :, 0], state
+
+
+def _decay(form: UpdateForm, log_decay: Tensor | None, t: int) -> Tensor | float:
+    if log_decay is None:
+        return 1.0
+    factor = log_decay[:, :, t].exp()
+    if form.side == "scalar":
+        return factor[..., None, None]
+    return factor[..., None] if form.side == "key" else factor[..., None, :]
