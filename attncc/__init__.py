@@ -4,12 +4,12 @@ import sys
 from typing import TYPE_CHECKING
 
 # A submodule sets its name here when it is first imported: `check` before the function of that name does.
-import attncc.check  # pyright: ignore[reportUnusedImport]
+import attncc.check  # pyright: ignore[reportUnusedImport] - for the order
 from attncc.build import build, check, register_operators
 from attncc.diagnostics import AttnError, BuildError, CallError, SpecError
 
 if sys.modules.get("torch"):  # Whoever has imported PyTorch will call: then the first build need not import the rest.
-    import attncc.runtime.call  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    import attncc.runtime.call  # noqa: F401  # pyright: ignore[reportUnusedImport] - for later
 
 if TYPE_CHECKING:
     from attncc.runtime.call import CompiledAttention

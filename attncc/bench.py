@@ -139,7 +139,7 @@ def _does_not_run(function: Callable[[], Tensor]) -> str | None:
     """What a peer says when it is called; None if it runs."""
     try:
         function()
-    except Exception as error:  # noqa: BLE001  whatever a peer has to say is a result
+    except Exception as error:  # noqa: BLE001 - whatever a peer has to say is a result
         first = str(error).strip().splitlines()
         return f"fails: {type(error).__name__}: {first[0][:100] if first else ''}"
     return None

@@ -361,12 +361,14 @@ class _WeightedSum(torch.autograd.Function):
     or in the gradient there is not multiplied by it."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, v: Tensor, row: Tensor, column: Tensor, rows: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, weight: Tensor, v: Tensor, row: Tensor, column: Tensor, rows: int) -> Tensor:
         ctx.save_for_backward(weight, v, row, column)
         return _sums(weight, v, row, column, rows)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+    def backward(  # type: ignore[override] - one result, one gradient
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor, Tensor, None, None, None]:
         weight, v, row, column = ctx.saved_tensors
         by_weight = _dots(gradient, v, row, column, TRUE)
         return by_weight, _sums(weight, gradient, column, row, len(v)), None, None, None

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
-from attncc.ir.nodes import Apply, Constant, Expr, Index, Load, Reduce, Size, TensorParameter
+from attncc.ir.nodes import Apply, Constant, Expr, Index, Load, Reduce, Size, SizeName, TensorParameter
 from attncc.ir.operators import OPERATORS
 from attncc.ir.rewrite import children
 from attncc.ir.types import Kind
@@ -94,8 +94,8 @@ def constant(value: bool | int | float, span: Span | None = None) -> Value:
     return Value(Constant(value, span), kinds[type(value)])
 
 
-def size_value(name: str, span: Span | None = None) -> Value:
-    return Value(Size(name, span), Kind.INT)  # pyright: ignore[reportArgumentType]
+def size_value(name: SizeName, span: Span | None = None) -> Value:
+    return Value(Size(name, span), Kind.INT)
 
 
 def to_float(value: Value) -> Value:
@@ -146,11 +146,11 @@ def _mismatch(op: str, kinds: tuple[Kind, ...]) -> KindMismatch:
     return KindMismatch(len(kinds) - 1, numbers if first in numbers else frozenset((first,)))
 
 
-def reduce(op: str, row: Value, span: Span | None = None) -> Value:
+def reduce(op: Literal["sum", "max"], row: Value, span: Span | None = None) -> Value:
     """`sum` or `max` over the elements of a row."""
     row = to_float(row)
     assert row.size is not None
-    reduction = Reduce(op, row.expr, row.size, span, over=row.index)  # pyright: ignore[reportArgumentType]
+    reduction = Reduce(op, row.expr, row.size, span, over=row.index)
     return Value(reduction, Kind.FLOAT)
 
 

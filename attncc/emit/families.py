@@ -16,13 +16,14 @@ import tomllib
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from attncc.diagnostics import BuildError
 from attncc.emit.errors import BadEntryPoint, BadTargetFile, NoSuchTemplateFolder, UnknownFamily
 from attncc.plan.nodes import Target
 
-BACKENDS = ("cpp", "triton")
+Backend: TypeAlias = Literal["cpp", "triton"]
+BACKENDS: tuple[Backend, ...] = ("cpp", "triton")
 _SETTINGS = ("based_on", "flags")
 
 
@@ -56,10 +57,10 @@ def target_of(family: str, arch: str, folders: Sequence[Path]) -> Target:
     if family in BACKENDS:
         return Target(family, arch)
     based_on, flags = family_settings(family, folders)
-    return Target(family, arch, based_on, flags)  # type: ignore[arg-type]
+    return Target(family, arch, based_on, flags)
 
 
-def family_settings(family: str, folders: Sequence[Path]) -> tuple[str, tuple[str, ...]]:
+def family_settings(family: str, folders: Sequence[Path]) -> tuple[Backend, tuple[str, ...]]:
     """What a family from outside is based on, and its compiler flags. Raises BuildError if no folder has it."""
     for folder in folders:
         path = folder / family / "target.toml"

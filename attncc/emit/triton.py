@@ -38,10 +38,12 @@ from attncc.ir.nodes import (
     Expr,
     Hole,
     Index,
+    IndexName,
     Load,
     Parameter,
     Reduce,
     Size,
+    SizeName,
     Summary,
     Variable,
 )
@@ -230,11 +232,11 @@ class TritonPrinter:
     def _is_matrix(self, expr: Expr) -> bool:
         return isinstance(expr, Variable) and self.axes[expr.name] is Axis.BOTH
 
-    def reads(self, plan: KernelPlan, index: str, size: str) -> bool:
+    def reads(self, plan: KernelPlan, index: IndexName, size: SizeName) -> bool:
         """Whether a captured tensor is read at `index` along an axis of that `size`."""
-        leaf = Index(index)  # type: ignore[arg-type]
+        read = (Index(index), Size(size))
         return any(
-            isinstance(node, Load) and (leaf, Size(size)) in zip(node.indices, self.shapes[node.tensor], strict=True)  # type: ignore[arg-type]
+            isinstance(node, Load) and read in zip(node.indices, self.shapes[node.tensor], strict=True)
             for expr in expressions_of(plan)
             for node in walk(expr)
         )

@@ -85,7 +85,7 @@ def verify(attention: Attention) -> None:
     scalars, tensors = declarations(attention)
 
     def check(clause: str, expr: Expr, kind: Kind, **scope: object) -> None:
-        expect(expr, kind, replace(Scope(clause, scalars, tensors), **scope))  # type: ignore[arg-type]
+        expect(expr, kind, replace(Scope(clause, scalars, tensors), **scope))
 
     check("q", attention.q, Kind.FLOAT, indices=_QUERY | {"d"}, row="q")
     check("k", attention.k, Kind.FLOAT, indices=_KEY | {"d"}, row="k")

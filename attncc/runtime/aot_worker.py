@@ -57,7 +57,7 @@ def main() -> None:
             if path not in modules:
                 modules[path] = load(path)
             answer = compile_one(modules[path], request)
-        except Exception as error:  # noqa: BLE001  (a compiler may raise anything; the answer says what)
+        except Exception as error:  # noqa: BLE001 - a compiler may raise anything; the answer says what
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

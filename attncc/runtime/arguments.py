@@ -146,8 +146,8 @@ _SYMBOLIC: dict[type, type] = {torch.SymInt: int, torch.SymFloat: float, torch.S
 def _lies_within(value: int | torch.SymInt, low: int, high: int) -> bool:
     """Whether `value` does; where a tracer will only know when the program runs, it is to be asserted then."""
     if isinstance(value, torch.SymInt):
-        torch._check(value >= low)  # noqa: SLF001
-        torch._check(value <= high)  # noqa: SLF001
+        torch._check(value >= low)  # noqa: SLF001 - documented, its name notwithstanding
+        torch._check(value <= high)  # noqa: SLF001 - likewise
         return True
     return low <= value <= high
 

@@ -148,7 +148,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 class _SourceLoader(SourceFileLoader):
     """Compiles a module whenever it is imported, and writes no bytecode: that would be trusted without a digest."""
 
-    def get_code(self, fullname: str) -> CodeType:  # noqa: ARG002
+    def get_code(self, fullname: str) -> CodeType:  # noqa: ARG002 - the name that Python calls it by
         return self.source_to_code(self.get_data(self.path), self.path)
 
 

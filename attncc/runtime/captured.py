@@ -45,7 +45,7 @@ def captured_gradients(
             continue
         summed = [axis for axis, name in enumerate(axes) if name not in variance(part) | {"distance"}]
         if summed:
-            entries = _sum(entries, summed)  # noqa: PLW2901
+            entries = _sum(entries, summed)  # noqa: PLW2901 - the same entries, fewer axes
         env = _environment(axes, entries.shape, heads, bound, inputs)
         for name, gradient in _through(part, entries, env, leaves).items():
             sums[name] += gradient
@@ -111,7 +111,7 @@ def _through(part: Expr, entries: Tensor, env: Environment, leaves: Mapping[str,
 
 def _read(tensor: Tensor, places: Sequence[Tensor]) -> Tensor:
     """An element of a tensor, with a gradient that is the same in every run."""
-    return _Read.apply(tensor, _flat(places, tensor))  # type: ignore[no-any-return]
+    return _Read.apply(tensor, _flat(places, tensor))
 
 
 def _flat(places: Sequence[Tensor], tensor: Tensor) -> Tensor:
@@ -136,13 +136,13 @@ class _Read(torch.autograd.Function):
     """tensor.flatten()[places]. PyTorch's own gradient of it adds up in the order in which threads come by."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, tensor: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(places)
         ctx.shape = tensor.shape
         return tensor.reshape(-1)[places]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override] - one gradient
         (places,) = ctx.saved_tensors
         result = torch.zeros(ctx.shape, dtype=gradient.dtype, device=gradient.device)
         _add_at(result, places, gradient)

@@ -165,7 +165,7 @@ _forked = False
 
 def _leave_threads_behind() -> None:
     """In a forked child the runtime waits for ever for threads that only its parent has: kernels run on one thread."""
-    global _forked  # noqa: PLW0603
+    global _forked  # noqa: PLW0603 - it is a state of the process
     _forked = bool(_bound)
     for library in _bound:
         library.attncc_bind(0)

@@ -34,7 +34,7 @@ _LOCK = threading.RLock()
 _COMPARISONS = (np.equal, np.not_equal, np.less, np.less_equal, np.greater, np.greater_equal)
 
 
-class Builder(base.InterpreterBuilder):  # type: ignore[misc]
+class Builder(base.InterpreterBuilder):
     """The interpreter's operations, corrected."""
 
     def binary_op(self, lhs: Any, rhs: Any, op: Callable[..., Any]) -> Any:
@@ -127,7 +127,7 @@ def typed(value: Tensor | bool | int | float, type_name: str) -> Any:
     if isinstance(value, Tensor):
         data = np.array([value.data_ptr()], np.uint64)
     else:
-        data = np.array([value], base._get_np_dtype(triton_type))  # noqa: SLF001
+        data = np.array([value], base._get_np_dtype(triton_type))  # noqa: SLF001 - Triton exports no such table
     return tl.core.tensor(base.TensorHandle(data, triton_type), triton_type)
 
 
@@ -139,7 +139,7 @@ def _interpreting(fn: Callable[..., Any]) -> Generator[None]:
     scopes: list[Any] = []
     try:
         # The first sees triton.language as `tl`, the second as its own library does: as `core`.
-        scopes += (base._patch_lang(fn), base._patch_lang(standard.zeros.fn))  # noqa: SLF001
+        scopes += (base._patch_lang(fn), base._patch_lang(standard.zeros.fn))  # noqa: SLF001 - as its launcher does
         scopes[-1].set_attr(tl.core.tensor, "__index__", lambda self: int(self.handle.data.item()))
         for name, function in _library().items():
             if hasattr(tl, name):

@@ -64,7 +64,7 @@ _build: Callable[[str], Variant] | None = None
 
 def use_builder(build: Callable[[str], Variant]) -> None:
     """Tells how to build the variant of a `spec` that nobody in this process holds: that of an exported program."""
-    global _build  # noqa: PLW0603
+    global _build  # noqa: PLW0603 - one for the process, as operators are
     _build = build
 
 
@@ -191,7 +191,7 @@ def _recording() -> Any:
 
 class _Attend(_SingleLevelFunction):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, keys: Any, call: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
         spec, *numbers = call
@@ -202,7 +202,9 @@ class _Attend(_SingleLevelFunction):
         return o, total
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(  # type: ignore[override] - two results, two gradients
+        ctx: Any, do: Tensor | None, dtotal: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         q, k, v, o, total, *tensors = ctx.saved_tensors
         spec, *numbers = ctx.call
         do = torch.zeros_like(o) if do is None else do
@@ -222,13 +224,13 @@ class _Backward(_SingleLevelFunction):
     always does; only whoever goes back through them is refused."""
 
     @staticmethod
-    def forward(ctx: Any, compute: Callable[[], list[Tensor]], spec: str, *inputs: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, compute: Callable[[], list[Tensor]], spec: str, *inputs: Tensor) -> tuple[Tensor, ...]:
         del inputs  # By them autograd knows what the gradients depend on.
         ctx.spec = spec
         return tuple(compute())
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
         del gradients
         raise _no_derivative(ctx.spec, "second derivatives")
 
@@ -246,7 +248,8 @@ def _attend_autograd(
     keys: Any, spec: str, q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor] | None, *numbers: Any
 ) -> tuple[Tensor, Tensor]:
     with _at_one_level():
-        return _Attend.apply(keys, (spec, *numbers), q, k, v, *(tensors or ()))  # type: ignore[attr-defined]
+        apply: Any = _Attend.apply  # type: ignore[attr-defined] - left out of its stub
+        return apply(keys, (spec, *numbers), q, k, v, *(tensors or ()))
 
 
 def _backward_autograd(
@@ -259,7 +262,8 @@ def _backward_autograd(
         return compute()
     results = [x for x in rest if isinstance(x, Tensor)]
     with _at_one_level():
-        return list(_Backward.apply(compute, spec, q, k, v, *(tensors or ()), *results))  # type: ignore[attr-defined]
+        apply: Any = _Backward.apply  # type: ignore[attr-defined] - as above
+        return list(apply(compute, spec, q, k, v, *(tensors or ()), *results))
 
 
 def _below_autograd(operator: Any, keys: Any, *arguments: Any) -> Any:

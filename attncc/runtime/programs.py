@@ -56,7 +56,7 @@ def _run_of(launcher: str, name: str) -> Callable[..., Result]:
     """The function `run` of a generated module. Raises BuildError where it has none."""
     module: dict[str, Any] = {}
     try:
-        exec(compile(launcher, f"<{name}>", "exec"), module)  # noqa: S102
+        exec(compile(launcher, f"<{name}>", "exec"), module)  # noqa: S102 - a launcher from a template
     except Exception as error:
         raise BuildError(BrokenLauncher(None, name, f"{type(error).__name__}: {error}")) from error
     if not callable(module.get("run")):

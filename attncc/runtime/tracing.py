@@ -47,7 +47,7 @@ def lies_in_memory(q: Tensor, k: Tensor, v: Tensor, bound: Bound) -> bool:
         or q.is_meta
     ):
         return False
-    for tensor in bound.tensors.values():  # noqa: SIM110
+    for tensor in bound.tensors.values():  # noqa: SIM110 - as above
         if type(tensor) not in _PLAIN:
             return False
     return True
