@@ -18,6 +18,7 @@ from attncc.emit.printers import printer_of
 from attncc.emit.render import render
 from attncc.emit.triton import TritonPrinter
 from attncc.emit.triton_names import RESERVED, name_of
+from attncc.emit.triton_text import tidy
 from attncc.ir.types import DType, Kind
 from attncc.plan.backward import plan_backward
 from attncc.plan.build import plan_attention
@@ -239,3 +240,7 @@ def test_a_tile_of_another_target_is_no_tile_of_triton(tmp_path: Path) -> None:
     other = plan_attention(plan.spec, Specialization(DType.F32, 64, 64), Target("cpp", "portable")).forward
     with pytest.raises(TypeError):
         compile_kernel(replace(plan, tile=other.tile), source, tmp_path)
+
+
+def test_a_comment_of_two_lines_stays_in_one_piece() -> None:
+    assert tidy("x = 1\n# Two lines\n# say it.\ny = 2\n") == "x = 1\n\n# Two lines\n# say it.\ny = 2"

@@ -77,8 +77,8 @@ def functions(kernel: str) -> str:
 
 
 def tidy(source: str) -> str:
-    """Source laid out in paragraphs: within a function, an empty line before each comment that does not open a block,
-    and no other; two before each function."""
+    """Source laid out in paragraphs: within a function, an empty line before each comment that neither opens a block nor
+    goes on from the line before, and no other; two before each function."""
     lines: list[str] = []
     for line in source.splitlines():
         text = line.rstrip()
@@ -86,10 +86,14 @@ def tidy(source: str) -> str:
             continue
         if text.startswith("@") and lines:
             lines += ["", ""]
-        elif text.lstrip().startswith("#") and lines and not lines[-1].endswith((":", ",")):
+        elif _is_comment(text) and lines and not (_is_comment(lines[-1]) or lines[-1].endswith((":", ","))):
             lines.append("")
         lines.append(text)
     return "\n".join(lines)
+
+
+def _is_comment(line: str) -> bool:
+    return line.lstrip().startswith("#")
 
 
 @functools.cache
