@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from attncc.emit.cpp_expressions import LOGICAL, Expressions
+from attncc.emit.cpp_expressions import LOGICAL, PlanExpressions
 from attncc.emit.cpp_loads import TiledLoad
 from attncc.emit.cpp_machine import (
     CLASSIFIED_KEYS,
@@ -47,7 +47,7 @@ class CppPrinter:
 
     def __init__(self, plan: KernelPlan) -> None:
         self.plan = plan
-        self._cpp = Expressions(plan)
+        self._cpp = PlanExpressions(plan)
 
     def filters(self) -> Mapping[str, Callable[..., object]]:
         return {

@@ -7,14 +7,16 @@ its value); everything else prints as a scalar and is broadcast where the two me
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import assert_never
 
-from attncc.emit.cpp_loads import Definitions, tiled_loads
-from attncc.emit.cpp_machine import machine_of, mangle
+from attncc.emit.cpp_loads import Definitions, TiledLoad, tiled_loads
+from attncc.emit.cpp_machine import Machine, machine_of, mangle
 from attncc.emit.cpp_plan import expressions_of, levels_of
 from attncc.emit.cpp_rows import RowLevels, split_levels
 from attncc.emit.cpp_text import ATOM, BITS, COMPARISON, LEVELS, LOGIC, SUM, UNARY, Printed
+from attncc.ir.errors import IRError
 from attncc.ir.nodes import (
     Apply,
     Constant,
@@ -45,33 +47,27 @@ _NARROWING = ("to_int", "random_key")
 
 
 class Expressions:
-    """The expressions of one plan as C++ text.
+    """Expressions as C++ text.
 
-    plan         whose bindings the variables are
     machine      for whose vectors the text is
+    dtypes       of captured tensors
+    variables    how each is read
     row_levels   of a rows kernel: its bindings by loop
     definitions  of a kernel of pairs: what its variables stand for
     tiled        of a kernel of pairs: the loads that are read for a whole tile at once
     """
 
-    def __init__(self, plan: KernelPlan) -> None:
-        self.plan = plan
-        self.machine = machine_of(plan)
-        self.dtypes = {tensor.name: tensor.dtype for tensor in plan.tensors}
-        self.row_levels: RowLevels | None = split_levels(plan) if isinstance(plan, RowsPlan) else None
-        self.definitions = Definitions(plan) if isinstance(plan, ForwardPlan | BackwardPlan) else None
-        self.tiled = tiled_loads(plan, self.dtypes) if isinstance(plan, ForwardPlan | BackwardPlan) else ()
+    def __init__(self, machine: Machine, dtypes: Mapping[str, DType]) -> None:
+        self.machine = machine
+        self.dtypes = dtypes
         self.variables: dict[str, Printed] = {}
-        self._in_lanes = isinstance(plan, ForwardPlan | BackwardPlan)
+        self.row_levels: RowLevels | None = None
+        self.definitions: Definitions | None = None
+        self.tiled: tuple[TiledLoad, ...] = ()
+        self._in_lanes = False
         self._ranges: dict[str, Range] = {}
         # Within the outer levels of a rows kernel floats are f64, whatever the element type.
         self._outer = False
-        for bindings, level in levels_of(plan, self.row_levels):
-            for binding in bindings:
-                self._define(binding, level)
-        for tiled in self.tiled:
-            for binding in tiled.staged.bindings:
-                self._define(binding, "pair")
 
     def print(self, expr: Expr) -> Printed:
         match expr:
@@ -111,24 +107,6 @@ class Expressions:
         self._outer = False
         return printed
 
-    def all_loads(self) -> list[Load]:
-        """Every load that the kernel's template prints."""
-        exprs = expressions_of(self.plan, self.row_levels)
-        return [node for expr in exprs for node in walk(expr) if isinstance(node, Load)]
-
-    def _define(self, binding: Binding, level: str) -> None:
-        """Notes how a binding is read: at the level of keys as a member of `key`, at that of elements as an array."""
-        self._outer = self.row_levels is not None and level in ("call", "position", "element", "position_element")
-        printed = self.print(binding.value)
-        # What is computed per position and element is kept in the type of the elements.
-        f64 = self._outer and binding.kind is Kind.FLOAT and level != "position_element"
-        self._outer = False
-        name = mangle(binding.name)
-        text = {"key": f"key.{name}", "element": f"{name}[d]", "position_element": f"{name}[d]"}.get(level, name)
-        self.variables[binding.name] = replace(printed, text=text, level=ATOM, f64=f64)
-        if binding.kind is not Kind.FLOAT:
-            self._ranges[binding.name] = int_range(binding.value, self.dtypes, self._ranges)
-
     def _constant(self, value: bool | int | float) -> Printed:
         if isinstance(value, bool):
             return Printed(str(value).lower(), Kind.BOOL)
@@ -160,14 +138,7 @@ class Expressions:
         return self.definitions is not None and self.dtypes[load.tensor] is own_type and self.definitions.is_band(load)
 
     def _summary(self, summary: Summary) -> Printed:
-        assert not isinstance(self.plan, RowsPlan)
-        position = self.plan.blocks.summaries.index(summary)
-        where = "kv_lo, kv_hi" if summary.axis == "kv" else "q_lo - q_offset"
-        text = f"summary_{position}.{'keys' if summary.axis == 'kv' else 'rows'}(b, h, {where})"
-        kind = summary.load.kind
-        if kind is Kind.BOOL:
-            return Printed(f"bool({text})", kind)
-        return Printed(text if kind is Kind.INT else f"real({text})", kind, wide=kind is Kind.INT)
+        raise IRError(f"{summary} is read by kernels that have tables")
 
     def _reduce(self, reduce: Reduce) -> Printed:
         body, size = self.print(reduce.body).text, self.print(reduce.size).text
@@ -255,3 +226,51 @@ class Expressions:
             return value
         wide = value.wide and not self._lanes_are_wide(lanes=True)
         return Printed(f"splat({value.text})", value.kind, lanes=True, wide=wide)
+
+
+class PlanExpressions(Expressions):
+    """The expressions of one plan, whose bindings the variables are."""
+
+    def __init__(self, plan: KernelPlan) -> None:
+        super().__init__(machine_of(plan), {tensor.name: tensor.dtype for tensor in plan.tensors})
+        self.plan = plan
+        if isinstance(plan, RowsPlan):
+            self.row_levels = split_levels(plan)
+        if isinstance(plan, ForwardPlan | BackwardPlan):
+            self._in_lanes = True
+            self.definitions = Definitions(plan)
+            self.tiled = tiled_loads(plan, self.dtypes)
+        for bindings, level in levels_of(plan, self.row_levels):
+            for binding in bindings:
+                self._define(binding, level)
+        for tiled in self.tiled:
+            for binding in tiled.staged.bindings:
+                self._define(binding, "pair")
+
+    def all_loads(self) -> list[Load]:
+        """Every load that the kernel's template prints."""
+        exprs = expressions_of(self.plan, self.row_levels)
+        return [node for expr in exprs for node in walk(expr) if isinstance(node, Load)]
+
+    def _define(self, binding: Binding, level: str) -> None:
+        """Notes how a binding is read: at the level of keys as a member of `key`, at that of elements as an array."""
+        self._outer = self.row_levels is not None and level in ("call", "position", "element", "position_element")
+        printed = self.print(binding.value)
+        # What is computed per position and element is kept in the type of the elements.
+        f64 = self._outer and binding.kind is Kind.FLOAT and level != "position_element"
+        self._outer = False
+        name = mangle(binding.name)
+        text = {"key": f"key.{name}", "element": f"{name}[d]", "position_element": f"{name}[d]"}.get(level, name)
+        self.variables[binding.name] = replace(printed, text=text, level=ATOM, f64=f64)
+        if binding.kind is not Kind.FLOAT:
+            self._ranges[binding.name] = int_range(binding.value, self.dtypes, self._ranges)
+
+    def _summary(self, summary: Summary) -> Printed:
+        assert not isinstance(self.plan, RowsPlan)
+        position = self.plan.blocks.summaries.index(summary)
+        where = "kv_lo, kv_hi" if summary.axis == "kv" else "q_lo - q_offset"
+        text = f"summary_{position}.{'keys' if summary.axis == 'kv' else 'rows'}(b, h, {where})"
+        kind = summary.load.kind
+        if kind is Kind.BOOL:
+            return Printed(f"bool({text})", kind)
+        return Printed(text if kind is Kind.INT else f"real({text})", kind, wide=kind is Kind.INT)
