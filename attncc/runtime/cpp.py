@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from attncc.diagnostics import BuildError
-from attncc.emit.cpp_machine import argument_fields
-from attncc.plan.nodes import KernelPlan
+from attncc.emit.cpp_machine import Field, argument_fields
+from attncc.plan.nodes import KernelPlan, Target
 from attncc.runtime.cache import key_of, sweep, temporary_file, write_atomically
 from attncc.runtime.cpp_toolchain import compile_library, find_compiler, flags
 from attncc.runtime.toolchain_errors import NotALibrary
@@ -38,8 +38,8 @@ class CppKernel:
 
     __slots__ = ("_library", "_pack", "_run", "fields", "path")
 
-    def __init__(self, plan: KernelPlan, library: ctypes.CDLL, path: Path) -> None:
-        self.fields = argument_fields(plan)
+    def __init__(self, fields: tuple[Field, ...], library: ctypes.CDLL, path: Path) -> None:
+        self.fields = fields
         self.path = path
         self._pack: Callable[..., bytes] = struct.Struct("".join(form for f in self.fields for _, form in f.slots)).pack
         self._library = library
@@ -63,10 +63,14 @@ class CppKernel:
 def compile_kernel(plan: KernelPlan, source: str, folder: Path) -> CppKernel:
     """The kernel of `source`, compiled into `folder` or found there. Raises BuildError where it cannot be compiled,
     OSError where nothing can be written to `folder`."""
+    return kernel_of(plan.name, plan.target, argument_fields(plan), source, folder)
+
+
+def kernel_of(name: str, target: Target, fields: tuple[Field, ...], source: str, folder: Path) -> CppKernel:
+    """As `compile_kernel`, of a source whose arguments are `fields`."""
     compiler = find_compiler()
-    options = flags(plan.target.arch, plan.target.flags)
-    name = f"{plan.name}-{key_of(source, options, compiler.command, compiler.identity)}"
-    path = folder / f"{name}.so"
+    options = flags(target.arch, target.flags)
+    path = folder / f"{name}-{key_of(source, options, compiler.command, compiler.identity)}.so"
     library = _load(path)
     if library is None:
         library = _compile(source, options, path)
@@ -74,7 +78,7 @@ def compile_kernel(plan: KernelPlan, source: str, folder: Path) -> CppKernel:
     library.attncc_bind.restype = None
     library.attncc_bind(0 if _forked else parallel_region())
     _bound.append(library)
-    return CppKernel(plan, library, path)
+    return CppKernel(fields, library, path)
 
 
 def _load(path: Path) -> ctypes.CDLL | None:
