@@ -73,7 +73,6 @@ def _statements() -> st.SearchStrategy[nodes.Statement]:
     later = st.sampled_from(
         [
             ("sort", "sort by argmax(q) chunk 64 back 1"),
-            ("feature", "feature(q) = elu(q)+1"),
             (
                 "select",
                 "select blocks(64):\n  rank = dot(q, mean(k))   # kept as it is\n\n  always = first(1), current",
@@ -83,6 +82,7 @@ def _statements() -> st.SearchStrategy[nodes.Statement]:
     clause_names = st.sampled_from(["q", "k", "v", "scale", "score", "mask", "weight", "normalize", "unknown"])
     return st.one_of(
         st.builds(nodes.Clause, clause_names, expressions, st.just(SPAN), st.just(SPAN)),
+        st.builds(nodes.Clause, st.just("feature"), expressions, st.just(SPAN), st.just(SPAN), names),
         st.builds(nodes.Let, names, expressions, st.just(SPAN), st.just(SPAN)),
         _recurrences(),
         later.map(lambda pair: nodes.Later(pair[0], pair[1], SPAN, SPAN)),

@@ -188,6 +188,10 @@ class Evaluator(Kinds):
         """What a name of every spec means."""
         return named(name, self.place(span))
 
+    def within(self, scope: Scope) -> Evaluator:
+        """What evaluates the body of a definition."""
+        return type(self)(self.reporter, scope, self.depth)
+
     def _expand(self, found: tuple[nodes.Define, Module], arguments: dict[str, Meaning], use: Span) -> Meaning:
         define, module = found
         if define.name_span in self.reporter.refused or any(isinstance(a, Unknown) for a in arguments.values()):
@@ -195,7 +199,7 @@ class Evaluator(Kinds):
         scope = Scope(module, "in this definition", dict(arguments))
         scope.declared = {p.name: p.span for p in define.parameters or ()}
         with self.reporter.expanding(Expansion(define.name, use, module.is_prelude)):
-            inner = type(self)(self.reporter, scope, self.depth)
+            inner = self.within(scope)
             for parameter in define.parameters or ():
                 if parameter.name not in arguments and parameter.default is not None:
                     scope.values[parameter.name] = inner.evaluate(parameter.default)
@@ -215,6 +219,8 @@ class Evaluator(Kinds):
             return self._expand(define, meanings, node.span)
         if name == "outer":
             return self.outer_product(node)
+        if name == "concat":
+            return self.concatenation(node)
         if name in LATER_FUNCTIONS:
             raise self.fail(LaterFunction(node.span, name, LATER_FUNCTIONS[name]))
         builtin = BUILTINS.get(name)
@@ -240,6 +246,9 @@ class Evaluator(Kinds):
         raise self.fail(UnknownFunction(node.function_span, name, suggest.function(name, self.scope)))
 
     def outer_product(self, node: nodes.Call) -> Value:
+        raise self.fail(LaterFunction(node.span, node.function, LATER_FUNCTIONS[node.function]))
+
+    def concatenation(self, node: nodes.Call) -> Value:
         raise self.fail(LaterFunction(node.span, node.function, LATER_FUNCTIONS[node.function]))
 
     def _arguments(

@@ -14,11 +14,11 @@ class LaterClause(Diagnostic):
     label = "this clause"
     help = "{hint}"
     explanation = (
-        "The clause is part of the language, but this version compiles pairwise attention only: row transforms, "
-        "scale, score, mask, weight and normalize."
+        "The clause is part of the language, but this version compiles attention over all pairs that a mask keeps, and "
+        "recurrences: row transforms, scale, score, mask, weight, normalize, feature and recurrence."
     )
-    bad = "attention linear():\n    feature = elu(x) + 1.0\n"
-    good = "attention linear():\n    weight = elu(score) + 1.0\n"
+    bad = "attention reformer():\n    sort by argmax(q) chunk 64 back 1\n"
+    good = "attention local():\n    mask = same_block(64)\n"
 
     name: str
     hint: str
@@ -49,8 +49,8 @@ class MatrixProduct(Diagnostic):
     label = "a product with a matrix"
     help = "multiply by the matrix before the call: q, k and v are yours to project"
     explanation = (
-        "Row transforms are computed element by element, which a product with a matrix is not. Apply it to q, k or"
-        " v before the call."
+        "Products of rows with matrices go with `feature` and with `recurrence:`. Row transforms of pairwise attention "
+        "are computed element by element, which such a product is not: apply it to q, k or v before the call."
     )
     bad = "attention projected(R: float[H, D, D]):\n    q = q @ R[h]\n"
     good = "attention projected(gain: float[H, D]):\n    q = q * gain[h, :]\n"

@@ -88,8 +88,9 @@ class UnknownClause(Diagnostic):
     label = "no clause has this name"
     help = "{hint}"
     explanation = (
-        "The clauses of an attention are `q`, `k`, `v`, `scale`, `score`, `mask`, `weight` and `normalize`. A "
-        "local name is given with `let`."
+        "The clauses of an attention are `q`, `k`, `v`, `scale`, `score`, `mask`, `weight` and `normalize`; `feature`, "
+        "or `feature(q)` and `feature(k)`, in the place of score and weight; and `recurrence:`. A local name is given "
+        "with `let`."
     )
     bad = "attention sliding():\n    masks = causal\n"
     good = "attention sliding():\n    mask = causal\n"

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from attncc.check import clauses, suggest
-from attncc.check.expressions import Scope
+from attncc.check import suggest
 from attncc.check.kinds import Failed
 from attncc.check.modules import Module
 from attncc.check.name_errors import Duplicate, ReservedName
-from attncc.check.parameters import Declarations
 from attncc.check.recurrence_errors import BesideRecurrence, NoOutput, NotTheState, UnreadScale
-from attncc.check.recurrence_values import STATE_SIZE, VALUES, RowEvaluator, StatementEvaluator
+from attncc.check.recurrence_values import VALUES, Shapes, StatementEvaluator
+from attncc.check.recurrent_body import AT_TOKEN, RecurrentBody
 from attncc.check.reporter import Reporter
 from attncc.check.values import UNKNOWN, Unknown, Value
 from attncc.check.world import RECURRENT_NAMES, ROWS, reserved
 from attncc.diagnostics import Label
-from attncc.ir.nodes import Apply, Expr, Index, Load, Size
+from attncc.ir.nodes import Expr, Load
 from attncc.ir.recurrence import STATE, Bind, Output, Recurrence, Statement, Update, map_expressions
 from attncc.ir.rewrite import contains, substitute
 from attncc.ir.types import Kind
@@ -32,14 +31,6 @@ _BESIDE = {
     "weight": "the weight of a pair is the product of q and k, and of the decays between them",
     "normalize": "append a column of ones to v, and divide by its output after the call",
 }
-# A row and its position stand at the token; there are as many queries as tokens.
-_POSITION = Apply("add", (Index("t"), Size("q_offset")))
-_AT_TOKEN: dict[Expr, Expr] = {
-    Index("q_idx"): _POSITION,
-    Index("kv_idx"): _POSITION,
-    Index("q_row"): Index("t"),
-    Size("M"): Size("N"),
-}
 
 
 def lower_recurrence(
@@ -47,48 +38,25 @@ def lower_recurrence(
 ) -> Recurrence | None:
     """The recurrence of the IR; None where it has errors, which are reported."""
     before = len(reporter.errors)
-    evaluator = RowEvaluator(reporter, Scope(module, "in this attention"))
-    declarations = Declarations(evaluator, reporter)
-    declarations.declare(attention, constants)
-    for parameter in attention.parameters:
-        if parameter.name in RECURRENT_NAMES:
-            reporter.report(ReservedName(parameter.name_span, parameter.name, RECURRENT_NAMES[parameter.name]))
-            evaluator.scope.values.pop(parameter.name, None)
-    body = _Body(evaluator, reporter)
-    body.read(attention)
-    rows = {row: body.row(row) for row in ROWS}
+    body = _Body(attention, module, constants, reporter, RECURRENT_NAMES)
+    rows = body.feature_rows()
+    body.features.refuse_width_of_values(rows.width)
+    body.inner.shapes = Shapes(rows.width)
     statements = body.statements()
     if len(reporter.errors) > before:
         return None
-    recurrence = Recurrence(
-        attention.name,
-        attention.doc or "",
-        clauses.in_order(attention, declarations),
-        rows["q"],
-        rows["k"],
-        rows["v"],
-        tuple(statements),
-    )
-    return map_expressions(recurrence, lambda expr: substitute(expr, _AT_TOKEN))
+    made = body.recurrence_of(rows, tuple(statements))
+    return map_expressions(made, lambda expr: substitute(expr, AT_TOKEN))
 
 
-class _Body(clauses.Body):
+class _Body(RecurrentBody):
     """The clauses beside the recurrence, and its statements."""
-
-    def __init__(self, evaluator: RowEvaluator, reporter: Reporter) -> None:
-        super().__init__(evaluator, reporter)
-        self.rows = evaluator
 
     def read(self, attention: nodes.Attention) -> None:
         self.block: nodes.Recurrence | None = None
         self.blocks = [statement for statement in attention.body if isinstance(statement, nodes.Recurrence)]
-        self.lets: dict[str, nodes.Let] = {}
-        scope = self.evaluator.scope
         # Lets mean something else among the statements, and are evaluated once more where those read them.
-        self.inner = StatementEvaluator(
-            self.reporter,
-            Scope(scope.module, scope.where, dict(scope.values), dict(scope.declared)),
-        )
+        self.inner = StatementEvaluator(self.reporter, self.parameters())
         super().read(attention)
 
     def recurrence(self, block: nodes.Recurrence) -> None:
@@ -102,25 +70,15 @@ class _Body(clauses.Body):
         self.inner.scope.pending.update(self.evaluator.scope.pending)
 
     def let(self, let: nodes.Let) -> None:
-        if let.name in RECURRENT_NAMES:
-            self._refuse_name(let)
-            return
         super().let(let)
-        self.lets.setdefault(let.name, let)
         self.inner.scope.declared.setdefault(let.name, let.name_span)
-
-    def _refuse_name(self, let: nodes.Let) -> None:
-        self.reporter.report(ReservedName(let.name_span, let.name, RECURRENT_NAMES[let.name]))
-        self.evaluator.scope.pending.pop(let.name, None)
 
     def clause(self, clause: nodes.Clause) -> None:
         if clause.name in _BESIDE:
             related = (Label(self.blocks[0].name_span, "the recurrence"),)
             self.reporter.report(BesideRecurrence(clause.name_span, clause.name, _BESIDE[clause.name], related=related))
             return
-        self.rows.clause = clause.name
         super().clause(clause)
-        self.rows.clause = "let"
 
     # Statements
 
@@ -169,9 +127,11 @@ class _Body(clauses.Body):
             self.inner.scope.values.setdefault(node.name, UNKNOWN)
             return []
         if isinstance(node, nodes.Clause):
-            value = self._fitted(node.value, STATE_SIZE, "`S`", "`outer(x, y)` makes a state of two vectors")
+            value = self._fitted(
+                node.value, self.inner.shapes.state, "`S`", "`outer(x, y)` makes a state of two vectors"
+            )
             return [] if value is None else [Update(value, node.span)]
-        state = Value(replace(STATE, span=node.name_span), Kind.FLOAT, STATE_SIZE)
+        state = Value(replace(STATE, span=node.name_span), Kind.FLOAT, self.inner.shapes.state)
         try:
             meaning = self.inner.evaluate(node.value)
             operand = (self.inner.value(meaning, node.value.span), node.value.span)

@@ -39,7 +39,9 @@ class WrongProduct(Diagnostic):
     help = "{hint}"
     explanation = (
         "`x @ S` sums over key channels: a key vector x (D) gives a value vector (E). `S @ y` sums over value "
-        "channels: a value vector y (E) gives a key vector (D). `x @ y` of two vectors of one size is their `dot`."
+        "channels: a value vector y (E) gives a key vector (D). `x @ y` of two vectors of one size is their `dot`. In "
+        "features and row transforms `x @ W` takes a row and a tensor with two axes left whole, as `W[h]` of "
+        "`W: float[H, D, R]`."
     )
     bad = "attention turned():\n    recurrence:\n        S += outer(k, v)\n        out = S @ q\n"
     good = "attention turned():\n    recurrence:\n        S += outer(k, v)\n        out = q @ S\n"
@@ -128,3 +130,38 @@ class UnreadScale(Diagnostic):
     good = (
         "attention scaled():\n    scale = 0.5\n    recurrence:\n        S += outer(k, v)\n        out = scale * q @ S\n"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class BesideFeature(Diagnostic):
+    code = "A0411"
+    title = "`{clause}` cannot stand beside `feature`"
+    label = "not with a weight that is a product of features"
+    help = "{hint}"
+    explanation = (
+        "With `feature` the weight of a pair is the product of the features of its query and its key, so that sums "
+        "over keys can be made before any query is known. A mask is `causal`, or there is none; `normalize = sum` "
+        "divides by the row's sum of weights."
+    )
+    bad = "attention linear():\n    feature = elu(x) + 1.0\n    mask = window(64)\n"
+    good = "attention linear():\n    feature = elu(x) + 1.0\n    mask = causal\n"
+
+    clause: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureWidth(Diagnostic):
+    code = "A0323"
+    title = "{problem}"
+    label = "this is how wide they are"
+    help = "{hint}"
+    explanation = (
+        "Features of q and of k have as many elements as each other: their product is a sum over them. That number is "
+        "made of constants and of D and E, since a kernel is made for it."
+    )
+    bad = "attention linear():\n    feature(k) = concat(k, -k)\n"
+    good = "attention linear():\n    feature = concat(x, -x)\n"
+
+    problem: str
+    hint: str

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from attncc.check import suggest
 from attncc.check.clauses import lower
 from attncc.check.definitions import check_definitions
 from attncc.check.limit_errors import TooLarge
+from attncc.check.linear import lower_feature
 from attncc.check.modules import Module, load
 from attncc.check.name_errors import Duplicate, NoAttention, WhichAttention
 from attncc.check.recurrence import lower_recurrence
@@ -102,8 +103,7 @@ def _lowered(
     result: dict[str, Specification] = {}
     for attention, given in zip(attentions, constants, strict=True):
         try:
-            recurrent = any(isinstance(statement, nodes.Recurrence) for statement in attention.body)
-            lowered = (lower_recurrence if recurrent else lower)(attention, module, given, reporter)
+            lowered = _lowering(attention)(attention, module, given, reporter)
         except RecursionError:
             # Deeper than the stack of the caller leaves room for.
             reporter.report(TooLarge(attention.name_span, attention.name, "too many levels deep"))
@@ -112,3 +112,10 @@ def _lowered(
             result[attention.name] = lowered
     reporter.raise_errors()
     return result
+
+
+def _lowering(attention: nodes.Attention) -> Callable[..., Specification | None]:
+    if any(isinstance(statement, nodes.Recurrence) for statement in attention.body):
+        return lower_recurrence
+    featured = any(isinstance(s, nodes.Clause) and s.name == "feature" for s in attention.body)
+    return lower_feature if featured else lower

@@ -27,7 +27,6 @@ CALL_ARGUMENTS = frozenset(
 
 # Clauses of forms that this version does not compile, with what to do instead.
 LATER_CLAUSES = {
-    "feature": "write the weight of a pair: `weight = …`, an expression of `score`",
     "select": "write a `mask`; blocks that it leaves empty are skipped",
     "sort": "sort the rows of q, k and v before the call",
     "branch": "build each branch as its own attention and combine the outputs",
@@ -36,8 +35,8 @@ LATER_CLAUSES = {
 
 # Functions of those forms.
 LATER_FUNCTIONS = {
-    "concat": "concatenate the tensors before the call",
-    "outer": "it belongs to the statements under `recurrence:`",
+    "concat": "it belongs to `feature`; concatenate the tensors before the call",
+    "outer": "it belongs to `feature`, and to the statements under `recurrence:`",
     "cumsum": "compute the cumulative sum before the call and pass it as a tensor",
     "pool": "pool k and v before the call",
     "project": "project k and v before the call",
@@ -50,14 +49,14 @@ LATER_FUNCTIONS = {
 def named(name: str, span: Span) -> Value | None:
     """What a name of every spec means."""
     if name in COORDINATES:
-        return Value(Index(name, span), Kind.INT)  # pyright: ignore[reportArgumentType]
+        return Value(Index(name, span), Kind.INT)
     if name in SIZES:
-        return Value(Size(name, span), Kind.INT)  # pyright: ignore[reportArgumentType]
+        return Value(Size(name, span), Kind.INT)
     if name in HOLES:
-        return Value(Hole(name, span), Kind.FLOAT)  # pyright: ignore[reportArgumentType]
+        return Value(Hole(name, span), Kind.FLOAT)
     if name in ROWS:
-        size = Size(ROWS[name])  # pyright: ignore[reportArgumentType]
-        return Value(Element(name, element_index(), span=span), Kind.FLOAT, size)  # pyright: ignore[reportArgumentType]
+        size = Size(ROWS[name])
+        return Value(Element(name, element_index(), span=span), Kind.FLOAT, size)
     if name in CONSTANTS:
         return constant(CONSTANTS[name], span)
     return None

@@ -145,6 +145,17 @@ def substitute(expr: Expr, mapping: Mapping[Expr, Expr]) -> Expr:
     return map_children(expr, lambda child: substitute(child, mapping))
 
 
+def swap_channels(expr: Expr) -> Expr:
+    """`expr` with `d` and `e` in each other's place, whatever binds them."""
+    match expr:
+        case Index(name="d" | "e" as name, span=span):
+            return Index("e" if name == "d" else "d", span)
+        case Reduce(op=op, body=body, size=size, over=over, span=span):
+            return Reduce(op, swap_channels(body), size, span, over="e" if over == "d" else "d")
+        case _:
+            return map_children(expr, swap_channels)
+
+
 def clauses(attention: Attention) -> Iterator[tuple[str, Expr]]:
     """The expressions of an attention with the names of their clauses, in the order of their meaning."""
     yield from (("q", attention.q), ("k", attention.k), ("v", attention.v))

@@ -96,6 +96,9 @@ class Builder:
             case "assign":
                 name, value = tree.children
                 return nodes.Clause(str(name), self.expression(value), span, self._span(name))
+            case "feature_of":
+                name, row, value = tree.children
+                return nodes.Clause(str(name), self.expression(value), span, self._span(name), str(row))
             case "recurrence":
                 return self._recurrence(tree, span)
             case _:

@@ -167,12 +167,18 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Clause:
-    """`name = value`."""
+    """`name = value`, or `name(of) = value`."""
 
     name: str
     value: Expression
     span: Span = _span()
     name_span: Span = _span()
+    of: str = ""
+
+    @property
+    def target(self) -> str:
+        """What stands before the `=`."""
+        return f"{self.name}({self.of})" if self.of else self.name
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,14 +104,18 @@ def name_widths(body: Sequence[nodes.Statement], adjoining: Sequence[bool]) -> l
             runs[-1].append(statement)
         else:
             runs.append([statement])
-    return [max(len(member.name) for member in run) for run in runs for _ in run]
+    return [max(len(_target(member)) for member in run) for run in runs for _ in run]
+
+
+def _target(statement: nodes.Statement) -> str:
+    return statement.target if isinstance(statement, nodes.Clause) else statement.name
 
 
 def _aligns(statement: nodes.Statement, run: Sequence[nodes.Statement]) -> bool:
     """Whether a statement is of the same sort as those of a run: row transforms, other clauses, `let` lines."""
     if _sort(statement) != _sort(run[-1]) or not _is_short(statement) or not _is_short(run[-1]):
         return False
-    lengths = [len(member.name) for member in (*run, statement)]
+    lengths = [len(_target(member)) for member in (*run, statement)]
     return max(lengths) - min(lengths) <= MAX_PADDING
 
 
@@ -128,8 +132,8 @@ def statement_lines(statement: nodes.Statement, width: int = 0) -> list[str]:
     match statement:
         case nodes.Let(name=name, value=value):
             return _assigned(f"{INDENT}let {name} = ", value, INDENT, width - len(name))
-        case nodes.Clause(name=name, value=value):
-            return _assigned(f"{INDENT}{name} = ", value, INDENT, width - len(name))
+        case nodes.Clause(target=target, value=value):
+            return _assigned(f"{INDENT}{target} = ", value, INDENT, width - len(target))
         case nodes.Recurrence(body=body):
             return recurrence_header_lines() + [line for inner in body for line in recurrence_statement_lines(inner)]
         case nodes.Later(text=text):

@@ -58,6 +58,7 @@ _TERMINALS = {
 _OPERAND = {"NAME", "NUMBER", "LPAR"}
 _EXPRESSION_START = {*_OPERAND, "NOT", "TRUE", "FALSE"}
 _OPERATORS = {"OR", "AND", "COMPARE", "BAR", "CARET", "AMPERSAND", "SHIFT", "STAR", "POWER", "TIMES", "PLUS", "MINUS"}
+_ELSE = re.compile(r"\s*(elif|else)\b")
 _CLAUSES = {"LET", "RECURRENCE", "SELECT", "BRANCH", "SORT"}
 
 
@@ -294,6 +295,8 @@ class _Place:
             return f"`{self.word}` updates the state `S` and stands under `recurrence:`"
         if re.fullmatch(r"\s*(score|mask|weight|scale)\s*\(\s*\w*", self.before):
             return "a clause has no parameters: use names such as `q_idx` and `qk` directly"
+        if re.search(r"(^|=)\s*(if|elif|else)\b", self.before):
+            return "a choice is an expression: `x if condition else y`"
         if self.token == "NAME" and self.before.endswith(("define", "attention")):
             return ""
         if self.token == "LPAR" and re.search(r"\.\w+$", self.before):
@@ -338,7 +341,7 @@ class _Place:
             return None
         line = self.text[start:end]
         indent = len(line) - len(line.lstrip())
-        if re.match(r"\s*(attention|recurrence|select|branch)\b", line) or isinstance(found, NotAnItem):
+        if re.match(r"\s*(attention|recurrence|select|branch|if)\b", line) or isinstance(found, NotAnItem):
             # A block without its first line means nothing.
             end = self._block_end(end, indent)
         stop = start + len(self.text[start:end].rstrip())
@@ -347,7 +350,8 @@ class _Place:
     def _block_end(self, end: int, indent: int) -> int:
         for start in statement_starts(self.text):
             line = self.text[start:].split("\n", 1)[0]
-            if start >= end and line.strip() and len(line) - len(line.lstrip()) <= indent:
+            # What follows `else:` belongs to the `if` before it.
+            if start >= end and line.strip() and len(line) - len(line.lstrip()) <= indent and not _ELSE.match(line):
                 return start
         return len(self.text)
 
