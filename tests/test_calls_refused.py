@@ -158,8 +158,18 @@ REFUSALS = {
     "misspelt": refusal("window", "A0608", windw=3, words=("`local` has no input `windw`", "did you mean `window`?")),
     "unlike any": refusal("window", "A0608", zzz=3, words=("no input `zzz`", "its inputs are `window`")),
     "where there are none": refusal("plain", "A0608", zzz=3, words=("no input `zzz`", "it takes q, k and v alone")),
+    "an option misspelt": refusal("window", "A0608", qoffset=3, words=("did you mean `q_offset`?",)),
+    "dropout as elsewhere": refusal("plain", "A0608", dropout=0.1, words=("did you mean `dropout_p`?",)),
+    "a causal mask as elsewhere": refusal("window", "A0608", is_causal=True, words=("write `mask = causal` there",)),
+    "a mask as elsewhere": refusal(
+        "plain", "A0608", attn_mask=torch.ones(5, 5), words=("`keep: bool[B, M, N]`", "`mask = keep[b, q_row, kv_idx]`")
+    ),
     "window of text": refusal("window", "A0609", window="3", words=("`window` must be an int, found str '3'",)),
-    "window of a float": refusal("window", "A0609", window=3.0, words=("`window` must be an int, found float 3.0",)),
+    "window of a float": refusal("window", "A0609", window=3.0, words=("must be an int, found float 3.0", "pass 3")),
+    "window of a fraction": refusal("window", "A0609", window=3.5, words=("found float 3.5", "declare it `float`")),
+    "window of infinity": refusal(
+        "window", "A0609", window=float("inf"), words=("int, found float inf", "whole number")
+    ),
     "window of a bool": refusal("window", "A0609", window=True, words=("must be an int, found bool True",)),
     "window of two": refusal("window", "A0609", window=torch.ones(2), words=("an int, found a tensor of shape (2,)",)),
     "window of none": refusal("window", "A0609", window=torch.ones(0), words=("found a tensor of shape (0,)",)),

@@ -58,6 +58,25 @@ _AGREEMENTS = (
     ("v", 2, "k", 2, "N"),
 )
 _ARTICLES = {Kind.INT: "an int", Kind.FLOAT: "a float", Kind.BOOL: "a bool"}
+# The keywords of a call itself, and what those of other attention functions are here.
+_OPTIONS = ("q_offset", "return_lse", "dropout_p", "seed", "stats")
+_CAUSAL = "masks are part of the specification: write `mask = causal` there"
+_MASK = (
+    "masks are part of the specification: declare a tensor, `keep: bool[B, M, N]` say, and write "
+    "`mask = keep[b, q_row, kv_idx]` there"
+)
+_ELSEWHERE = {
+    "is_causal": _CAUSAL,
+    "causal": _CAUSAL,
+    "attn_mask": _MASK,
+    "attention_mask": _MASK,
+    "mask": _MASK,
+    "block_mask": "write `mask = …` in the specification",
+    "score_mod": "write `score = …` in the specification",
+    "scale": "write `scale = …` in the specification",
+    "softmax_scale": "write `scale = …` in the specification",
+    "enable_gqa": "leave it out: heads of k and v are shared wherever q has more",
+}
 _EXAMPLES = {Kind.INT: "128", Kind.FLOAT: "1.0", Kind.BOOL: "True"}
 
 
@@ -75,7 +94,7 @@ def refuse(signature: Signature, operands: Mapping[str, Any], q_offset: Any, inp
         *_shape_reasons(sound),
         *type_reasons(tensors),
         *q_offset_reasons(q_offset, sound.get("q")),
-        *keyword_reasons(signature, inputs),
+        *keyword_reasons(signature, inputs, _OPTIONS, _ELSEWHERE),
         *scalar_reasons(signature, inputs),
         *captured_reasons(signature, sizes, inputs, device),
     ]
@@ -188,12 +207,24 @@ def q_offset_reasons(q_offset: Any, q: Tensor | None) -> Iterator[Diagnostic]:
     yield WrongScalar(None, "q_offset", expected, _describe(q_offset), advice)
 
 
-def keyword_reasons(signature: Signature, inputs: Mapping[str, Any]) -> Iterator[Diagnostic]:
+def keyword_reasons(
+    signature: Signature,
+    inputs: Mapping[str, Any],
+    options: Sequence[str] = (),
+    elsewhere: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Diagnostic]:
+    """Inputs that nobody declared, and those that are missing. options: the keywords of a call that are no inputs;
+    elsewhere: what to write for those of other libraries."""
     declared = {p.name: p for p in signature.attention.parameters}
     for name in inputs:
         if name not in declared:
-            close = difflib.get_close_matches(name, declared, n=1)
-            advice = f"did you mean `{close[0]}`?" if close else _inputs_of(signature)
+            if close := difflib.get_close_matches(name, declared, n=1):
+                advice = f"did you mean `{close[0]}`?"
+            elif name in elsewhere:
+                advice = elsewhere[name]
+            else:
+                close = difflib.get_close_matches(name, options, n=1)
+                advice = f"did you mean `{close[0]}`?" if close else _inputs_of(signature)
             yield UnknownInput(None, signature.attention.name, name, advice)
     for name, parameter in declared.items():
         if name not in inputs:
@@ -228,6 +259,8 @@ def scalar_reasons(signature: Signature, inputs: Mapping[str, Any]) -> Iterator[
                 expected, advice = "a float that fits 64 bits", "float('inf') is beyond every number"
             else:
                 continue
+        elif kind is Kind.INT and type(number) is float:
+            advice = f"pass {int(number)}" if number.is_integer() else "declare it `float`, or pass a whole number"
         yield WrongScalar(parameter.span, name, expected, _describe(value), advice)
 
 
