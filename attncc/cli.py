@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Messages go to stderr, and never as a traceback, unless ATTNCC_DEBUG is set.
     """
-    arguments = parser().parse_args(argv)
+    arguments, rest = parser().parse_known_args(argv)
+    if rest:
+        arguments.refuse(f"unrecognized arguments: {' '.join(rest)}{_meant_by(rest[0], arguments)}")
     _refuse_clashes(arguments)
     module, name = arguments.command
     command: Callable[[argparse.Namespace], int] = getattr(importlib.import_module(f"attncc.commands.{module}"), name)
@@ -65,6 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(render(InternalError(None, type(error).__name__, str(error))), file=sys.stderr)
         return INTERNAL_ERROR
+
+
+def _meant_by(word: str, arguments: argparse.Namespace) -> str:
+    """What may have been meant by NAME=VALUE, with or without dashes, where it means nothing."""
+    name, equals, value = word.lstrip("-").partition("=")
+    if not equals or not name.isidentifier():
+        return ""
+    if name in arguments and not word.startswith("-"):
+        return f" (did you mean --{name} {value}?)"
+    return f" (did you mean --set {name}={value}?)" if "set" in arguments else ""
 
 
 def _refuse_clashes(arguments: argparse.Namespace) -> None:
@@ -243,7 +255,12 @@ def _setting(text: str) -> tuple[str, bool | int | float]:
                 return name, kind(value)
             except ValueError:
                 continue
-    raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, with a number, true or false for VALUE")
+    hint = ""
+    if name == "name" and value:
+        hint = f"; an attention is chosen by --name {value}"
+    elif value.endswith(".safetensors"):
+        hint = "; tensors come with q, k and v from a file: --input FILE"
+    raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, with a number, true or false for VALUE{hint}")
 
 
 def _positive(text: str) -> int:

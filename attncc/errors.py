@@ -129,6 +129,22 @@ class UnknownSetting(Diagnostic):
 
 
 @dataclass(frozen=True, slots=True)
+class TensorSetting(Diagnostic):
+    code = "A0643"
+    title = "`{name}` is a tensor, and `--set` gives numbers"
+    label = "declared here"
+    help = "commands that have `--input` take it, with q, k and v, from a safetensors file; without one it is made up"
+    explanation = (
+        "`--set` gives a value to a run-time scalar, a `const` parameter or a tensor of no axes. Tensors with axes are "
+        "read from the file that `--input` names, each under its name."
+    )
+    bad = "attncc run alibi.attn --set slope=0.5"
+    good = "attncc run alibi.attn --input tensors.safetensors"
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class NoSuchHead(Diagnostic):
     code = "A0641"
     title = "there is no {axis} {index} to draw"

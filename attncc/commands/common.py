@@ -17,7 +17,7 @@ from attncc.build import build, check, check_pairwise, read
 from attncc.check.suggest import nearest
 from attncc.commands.output import reason, say
 from attncc.diagnostics import CallError
-from attncc.errors import CannotRead, CannotWrite, MissingOperand, NoShapeAtSizes, UnknownSetting
+from attncc.errors import CannotRead, CannotWrite, MissingOperand, NoShapeAtSizes, TensorSetting, UnknownSetting
 from attncc.inputs import captured_tensors, describe, operands
 from attncc.ir.nodes import Attention, Elementwise
 from attncc.ir.recurrence import Specification
@@ -67,13 +67,17 @@ def load_checked(path: str, name: str | None, settings: Mapping[str, Value]) -> 
 
 
 def refuse_unknown(attention: Specification, settings: Mapping[str, Value], constants: Sequence[str] = ()) -> None:
-    """Raises CallError for settings that name no parameter."""
+    """Raises CallError for settings that name no parameter, or a tensor of more than one number."""
     known = [parameter.name for parameter in attention.parameters]
     names = [*known, *constants]
     listed = f"its parameters are {', '.join(names)}" if names else "it has none"
     unknown = [name for name in settings if name not in known]
-    if unknown:
-        raise CallError(*(UnknownSetting(None, attention.name, n, nearest(n, names) or listed) for n in unknown))
+    tensors = [tensor for tensor in attention.tensors if tensor.shape and tensor.name in settings]
+    if unknown or tensors:
+        raise CallError(
+            *(UnknownSetting(None, attention.name, n, nearest(n, names) or listed) for n in unknown),
+            *(TensorSetting(tensor.span, tensor.name) for tensor in tensors),
+        )
 
 
 def constant_names(file: nodes.File, name: str | None) -> frozenset[str]:
