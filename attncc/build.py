@@ -166,6 +166,9 @@ def check_pairwise(spec: str | Path | Source, *, name: str | None = None, **cons
 def read(spec: str | Path) -> Source:
     """The text of a specification, from a file or as given. Raises SpecError where the file cannot be read."""
     if isinstance(spec, str) and ("\n" in spec or not spec.endswith(".attn")):
+        if len(spec.split()) == 1:
+            reason = "it is neither a path that ends in `.attn` nor the text of a specification"
+            raise SpecError(CannotReadSpec(None, spec.strip(), reason))
         return Source("<spec>", spec)
     try:
         return Source(str(spec), Path(spec).read_text(encoding="utf-8"))
