@@ -196,6 +196,7 @@ def test_run_with_scalars(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["run", CAUSAL, *SMALL, "--set", "window=3"], "no parameter `window`"),
         (["run", WINDOW, *SMALL, "--set", "windw=3"], "did you mean `window`?"),
+        (["run", ALIBI, *SMALL, "--set", "slope=1"], "`slope` is a tensor, and `--set` gives numbers"),
         (["run", str(EXAMPLES / "bigbird.attn"), *SMALL, "--set", "blk=16"], "did you mean `block`?"),
         (["run", str(EXAMPLES / "natten_2d.attn"), *SMALL], "`width` is missing"),
         (["run", CAUSAL, "--input", "missing.safetensors"], "cannot read missing.safetensors"),
