@@ -103,9 +103,9 @@ KEY = Load("k", (*HEAD, Index("t"), Index("d")), Kind.FLOAT)
 VALUE = Load("v", (*HEAD, Index("t"), Index("e")), Kind.FLOAT)
 
 
-def linear_statements(query: Expr, key_width: Expr) -> tuple[Statement, ...]:
-    """What linear attention does: the state gains the product of key and value, and `query` (over d) reads it."""
-    written = Apply("add", (STATE, Apply("mul", (KEY, VALUE))))
+def linear_statements(query: Expr, key_width: Expr, key: Expr = KEY) -> tuple[Statement, ...]:
+    """What linear attention does: the state gains `key` (over d) times v, and `query` (over d) reads it."""
+    written = Apply("add", (STATE, Apply("mul", (key, VALUE))))
     return Update(written), Output(Reduce("sum", Apply("mul", (query, STATE)), key_width))
 
 

@@ -238,7 +238,11 @@ _LOGARITHMS: dict[str, Callable[[Expr], Expr]] = {
 
 
 def logarithm(expr: Expr) -> Expr:
-    """log(expr), of products, quotients and exponentials without taking one."""
+    """log(expr), of products, quotients and exponentials without taking one.
+
+    `expr` is taken to be no less than 0; the logarithm of a factor below is NaN, of one that is 0 it is -inf, whose
+    exponential is 0.
+    """
     match expr:
         case Apply(op="mul", args=(a, b)):
             return Apply("add", (logarithm(a), logarithm(b)))
@@ -248,6 +252,8 @@ def logarithm(expr: Expr) -> Expr:
             return Apply("sub", (logarithm(a), logarithm(b)))
         case Apply(op="where", args=(condition, a, b)):
             return Apply("where", (condition, logarithm(a), logarithm(b)))
+        case Apply(op="pow", args=(a, b)):
+            return Apply("mul", (b, logarithm(a)))
         case Apply(op=op, args=(a,)) if op in _LOGARITHMS:
             return _LOGARITHMS[op](a)
         case _:
