@@ -87,13 +87,13 @@ def prepare(
     given = {p.name: p.default for p in recurrence.scalars if p.default is not None} | dict(inputs)
     rows: dict[RowName, Tensor] = {"q": q, "k": k, "v": v}
     if recurrence.bidirectional:
-        of_query = _Evaluator(recurrence, {"q": q}, given, sizes)
-        of_tokens = _Evaluator(recurrence, {"k": k, "v": v}, given, sizes)
+        of_query = Evaluator(recurrence, {"q": q}, given, sizes)
+        of_tokens = Evaluator(recurrence, {"k": k, "v": v}, given, sizes)
     else:
-        of_query = of_tokens = _Evaluator(recurrence, rows, given, sizes)
+        of_query = of_tokens = Evaluator(recurrence, rows, given, sizes)
     stored, wide, key, value = q.dtype, of_tokens.env.floating, of_tokens.key_width, of_tokens.value_width
 
-    def vector(evaluator: _Evaluator, expr: Expr | None, width: int, dtype: torch.dtype) -> Tensor | None:
+    def vector(evaluator: Evaluator, expr: Expr | None, width: int, dtype: torch.dtype) -> Tensor | None:
         return None if expr is None else evaluator.vector(expr, width, dtype)
 
     decay: Tensor | None = None
@@ -116,7 +116,7 @@ def prepare(
     )
 
 
-class _Evaluator:
+class Evaluator:
     """Evaluates expressions over b, h, t and one of d and e, all tokens at once."""
 
     def __init__(
