@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attncc.eager import Environment, Input, torch_value
 from attncc.ir.nodes import Apply, Constant, Element, Expr, Index, Load, Parameter, Reduce
-from attncc.ir.rewrite import has_free, kind_of, map_children, substitute, walk
+from attncc.ir.rewrite import contains, has_free, kind_of, map_children, substitute, walk
 from attncc.ir.types import Kind
 
 _PLACES = {"b": 0, "h": 1, "hkv": 1, "t": 2, "d": 3, "e": 3}
@@ -47,12 +47,24 @@ class Channels:
         return torch_value(substitute(reads, dict[Expr, Expr](names)), env)
 
     def _without_sums(self, expr: Expr) -> Expr:
-        """`expr` with a parameter in place of each sum and maximum, which `_reduced` holds the value of."""
-        if not isinstance(expr, Reduce):
+        """`expr` with a parameter in place of each sum and maximum and of each value of positions, which `_reduced`
+        holds the value of."""
+        if isinstance(expr, Reduce):
+            value = self._reduce(expr)
+        elif _is_of_positions(expr):
+            value = self._of_positions(expr)
+        else:
             return map_children(expr, self._without_sums)
         name = f"reduced {len(self._reduced)}"
-        self._reduced[name] = self._reduce(expr)
+        self._reduced[name] = value
         return Parameter(name, Kind.FLOAT)
+
+    def _of_positions(self, expr: Expr) -> Tensor:
+        """In f64: an angle at position 1,000,000 has no digits behind the point left in f32."""
+        channel = torch.arange(self.width, device=self.env.indices["t"].device)
+        indices = {**self.env.indices, "d": channel, "e": channel}
+        env = replace(self.env, indices=indices, floating=torch.float64)
+        return torch_value(expr, env).to(self.env.floating)
 
     def _reduce(self, expr: Reduce) -> Tensor:
         size = int(torch_value(expr.size, self.env))
@@ -66,9 +78,9 @@ class Channels:
         vector = [factor for factor in _factors(expr.body) if not has_free(factor, other)]
         matrix = [factor for factor in _factors(expr.body) if has_free(factor, other)]
         rows = inner.value(_product(vector)) if vector else torch.ones((), dtype=self.env.floating)
-        return _times(rows, self._matrix(_product(matrix), expr.over, other, size), size)
+        return _times(rows, self.matrix(_product(matrix), expr.over, other, size), size)
 
-    def _matrix(self, expr: Expr, over: str, other: str, size: int) -> Tensor:
+    def matrix(self, expr: Expr, over: str, other: str, size: int) -> Tensor:
         """`expr` over both channel indices: (B, H, N, size, width), each axis of which may be 1."""
         device = self.env.indices["t"].device
         indices = {name: index[..., None] for name, index in self.env.indices.items()}
@@ -121,6 +133,17 @@ class Channels:
         for place, size in zip(found, tensor.shape, strict=True):
             shape[place] = size
         return tensor.permute(sorted(range(len(found)), key=found.__getitem__)).reshape(shape)
+
+
+def _is_of_positions(expr: Expr) -> bool:
+    """Whether `expr` is a float computed of positions, channels and what no token changes, more than a number."""
+    if not isinstance(expr, Apply) or kind_of(expr) is not Kind.FLOAT or not contains(expr, _is_position):
+        return False
+    return not contains(expr, lambda node: isinstance(node, Element | Reduce | Load))
+
+
+def _is_position(node: Expr) -> bool:
+    return node == Index("t")
 
 
 def _times(rows: Tensor, matrix: Tensor, size: int) -> Tensor:
