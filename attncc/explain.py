@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from attncc.ir.nodes import Apply, Attention, Elementwise, Expr, Parameter, Softmax, Sum, Variable, identity_row
 from attncc.ir.rewrite import map_children
 from attncc.ir.text import to_text
+from attncc.passes.reassociate import Refusal, recurrence_of
 from attncc.passes.variance import variance
 from attncc.plan.nodes import (
     BackwardPlan,
@@ -93,15 +94,22 @@ def _algorithm(attention: Attention) -> Iterator[str]:
             yield "not two passes: the sum of exponentials is a monoid, so tiles of keys merge as they come"
         case Sum():
             yield "streaming sum: running sum and weighted values per query; memory linear in M + N"
-            yield _NOT_CHUNKED
+            yield from _reassociation(attention)
         case Elementwise():
             yield "streaming weights: weighted values per query, nothing to divide by; memory linear in M + N"
-            yield _NOT_CHUNKED
+            yield from _reassociation(attention)
     if any(getattr(attention, row) != identity_row(row) for row in ("q", "k", "v")):
         yield "transformed rows are written out once: within the loop each would be computed again per tile of queries"
 
 
-_NOT_CHUNKED = "not a chunked recurrence: this version streams every pairwise weight, bilinear ones too"
+def _reassociation(attention: Attention) -> Iterator[str]:
+    found = recurrence_of(attention)
+    if isinstance(found, Refusal):
+        place = "" if found.span is None else f", at {found.span}: {found.span.text.strip()}"
+        yield f"not a recurrence: {found.why}{place}"
+        return
+    yield "with as many queries as keys it is this recurrence too, in time linear in N:"
+    yield from (f"  {line.strip()}" for line in to_text(found).strip().splitlines()[1:] if not line.startswith("  doc"))
 
 
 def _kernels(program: Program) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from attncc.ir.nodes import Expr
+from attncc.ir.nodes import Expr, Size
 from attncc.ir.recurrence import Recurrence
 from attncc.ir.text import to_text
 from attncc.passes.normal_form import NormalForm, Sequential, normal_form
@@ -24,7 +24,7 @@ def explain_recurrence(spec_text: str, recurrence: Recurrence) -> str:
     sections = [
         ("Specification", spec_text.strip().splitlines()),
         ("Meaning", to_text(recurrence).strip().splitlines()[1:]),
-        ("Normal form", list(_none(form) if isinstance(form, Sequential) else _lines(form))),
+        ("Normal form", list(_none(form) if isinstance(form, Sequential) else _lines(recurrence, form))),
         ("Kernel", ["none: this version has no kernels of recurrences; attn.reference computes it token by token"]),
     ]
     return "\n\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections) + "\n"
@@ -37,7 +37,11 @@ def _none(form: Sequential) -> Iterator[str]:
     yield "such a recurrence runs token by token"
 
 
-def _lines(form: NormalForm) -> Iterator[str]:
+def _lines(recurrence: Recurrence, form: NormalForm) -> Iterator[str]:
+    if recurrence.key_width != Size("D"):
+        yield f"keys    {_text(recurrence.key_width)} channels"
+    if recurrence.bidirectional:
+        yield "order   all tokens; then every query reads what they have left"
     decayed = "S" if form.side == "none" else "S~"
     yield f"decay   {_SIDES[form.side]}" + (
         "" if form.side == "none" else f": S~ = exp(g) * S, g = {_text(form.log_decay)}"
@@ -57,6 +61,8 @@ def _lines(form: NormalForm) -> Iterator[str]:
         yield f"gate    {_text(form.gate)}, times what is read"
     if form.bonus is not None:
         yield f"bonus   {_text(form.bonus)}, added to what is read"
+    if recurrence.normalizer == "sum":
+        yield "divide  by the same of ones in the place of v, one more value channel; 0 where that is 0"
 
 
 def _text(expr: Expr) -> str:

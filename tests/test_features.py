@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import elu
 
 import attncc
+from attncc.explain_recurrence import explain_recurrence
 from attncc.ir.errors import IRError
 from attncc.ir.nodes import Size
 from attncc.ir.recurrence import QUERY, STATE, VALUE, Bind, Output, Recurrence, Update, linear_statements
@@ -220,3 +221,10 @@ def test_the_column_of_ones_has_no_elements_of_other_tensors() -> None:
     assert isinstance(summed, Recurrence)
     with pytest.raises(IRError, match="sum of weights"):
         verify_recurrence(replace(summed, normalizer="sum"))
+
+
+def test_explain_says_what_features_make() -> None:
+    text = explain_recurrence("", checked("feature = x @ W[h]", "normalize = sum"))
+    for line in (f"keys    {R} channels", "order   all tokens; then every query", "divide  by the same of ones"):
+        assert f"  {line}" in text
+    assert "q   = sum(e < D: q[e] * W[h, e, d])" in text

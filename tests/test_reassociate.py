@@ -157,3 +157,12 @@ def test_what_prevents_a_recurrence_is_named(weight: str, mask: str | None, why:
     if at is not None:
         assert found.span is not None
         assert found.span.text == at
+
+
+def test_explain_shows_the_recurrence_or_what_prevents_it() -> None:
+    spec = "attention a(gamma: float[H]):\n    mask = causal\n    weight = qk * gamma[h] ** (q_idx - kv_idx)\n"
+    text = attncc.build(spec).explain()
+    assert "this recurrence too" in text
+    assert "S   = S[b, h, d, e] * gamma[h]" in text
+    text = attncc.build(spec.replace("weight = qk", "weight = relu(qk)")).explain()
+    assert "not a recurrence: the weight is no multiple of qk, at <spec>:3:14: relu(qk)" in text
