@@ -1,0 +1,165 @@
+"""Recurrences without a normal form: their kernels, one for each element type and widths, and how calls run on them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from attncc.ir.nodes import RowName
+from attncc.ir.recurrence import Output, Recurrence
+from attncc.plan.sequential import SequentialPlan, plan_sequential
+from attncc.runtime import cache
+from attncc.runtime.arguments import DTYPES, TORCH_DTYPES
+from attncc.runtime.recurrent_arguments import BoundRecurrence
+from attncc.runtime.sequential_gradient import gradients
+from attncc.runtime.sequential_operands import prepare
+from attncc.runtime.targets import resolve
+
+
+class CompiledSequential(Protocol):
+    """A sequential kernel compiled for one target and one plan.
+
+    operands: (B, H, N, D, E) in the order of the plan, each axis 1 where nothing differs along it. offsets: None, or
+    (sequences + 1,) int64: packed sequences lie between them along N, and B is 1; states then have one entry per
+    sequence in place of the batch. States are (B, H, D, E), f32 (f64 beside f64), contiguous.
+    """
+
+    def forward(
+        self,
+        operands: Sequence[Tensor],
+        initial_state: Tensor | None,
+        offsets: Tensor | None,
+        o: Tensor,
+        final_state: Tensor | None,
+    ) -> None:
+        """Writes o (B, H, N, E), contiguous and of `plan.stored`, if tokens have an output, and, where it is given, the
+        state after the last token. final_state may be initial_state itself."""
+        ...
+
+
+class SequentialKernels:
+    """Runs a recurrence that has no normal form on arguments that have been bound."""
+
+    def __init__(self, recurrence: Recurrence, target: str | None, templates: Sequence[Path]) -> None:
+        self.recurrence = recurrence
+        self.target = target
+        self.templates = tuple(templates)
+        self.built: dict[object, tuple[SequentialPlan, CompiledSequential]] = {}
+        self._lock = threading.Lock()
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, bound: BoundRecurrence) -> tuple[Tensor, Tensor]:
+        """o (B, H, N, E) in the type of q and the last state; differentiable."""
+        state = self._state(bound.initial_state, q)
+        if not self.recurrence.bidirectional:
+            o, last = self._tokens("all", {"q": q, "k": k, "v": v}, bound, state)
+        else:
+            _, last = self._tokens("updates", {"k": k, "v": v}, bound, state)
+            o, _ = self._tokens("outputs", {"q": q}, bound, last)
+        return self._finished(o, q), last
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, bound: BoundRecurrence, state: Tensor) -> Tensor:
+        """o of some more tokens; `state` becomes what they leave."""
+        with torch.no_grad():
+            o, last = self.run(q, k, v, bound._replace(initial_state=state))
+            state.copy_(last)
+            return o
+
+    def plan(self, part: Part, q: Tensor, widths: tuple[int, int]) -> SequentialPlan:
+        """The plan of a call; widths: those of q and v."""
+        target = resolve(self.target, q.device, self.templates)
+        return plan_sequential(_part(self.recurrence, part), target, DTYPES[q.dtype], *widths)
+
+    def _tokens(
+        self, part: Part, rows: Mapping[RowName, Tensor], bound: BoundRecurrence, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What some of the statements make of all tokens: o, as it is stored, and the last state."""
+        plan, kernel = self._compiled(part, next(iter(rows.values())), (bound.sizes.D, bound.sizes.E))
+        sizes = {name: getattr(bound.sizes, name) for name in ("B", "H", "HKV", "M", "N", "D", "E")}
+        operands = prepare(plan, rows, bound.inputs, {**sizes, "q_offset": bound.q_offset})
+        tokens = bound.sizes.M if part == "outputs" else bound.sizes.N
+        if state is None:
+            sequences = bound.sizes.B if bound.offsets is None else len(bound.offsets) - 1
+            shape = (sequences, bound.sizes.H, plan.key_width, plan.value_width)
+            some = next(iter(rows.values()))
+            state = some.new_zeros(shape, dtype=TORCH_DTYPES[plan.state_dtype])
+        o, last = _Sequential.apply(plan, kernel, (bound.sizes.B, tokens), bound.offsets, state, *operands)
+        return o, last
+
+    def _compiled(self, part: Part, x: Tensor, widths: tuple[int, int]) -> tuple[SequentialPlan, CompiledSequential]:
+        key = (part, x.dtype, widths, x.device)
+        if key not in self.built:
+            with self._lock:
+                if key not in self.built:
+                    plan = self.plan(part, x, widths)
+                    self.built[key] = plan, compile_sequential(plan, self.templates)
+        return self.built[key]
+
+    def _finished(self, o: Tensor, q: Tensor) -> Tensor:
+        """The output of the recurrence: divided by the sum of weights in its last column, 0 where that is 0."""
+        if self.recurrence.normalizer == "sum":
+            weighted, total = o[..., :-1], o[..., -1:]
+            nothing = total == 0
+            o = torch.where(nothing, 0, weighted) / torch.where(nothing, 1, total)
+        return o.to(q.dtype)
+
+    @staticmethod
+    def _state(given: Tensor | None, q: Tensor) -> Tensor | None:
+        """An initial state as kernels take it."""
+        return None if given is None else given.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
+
+
+Part = Literal["all", "updates", "outputs"]
+
+
+def _part(recurrence: Recurrence, part: Part) -> Recurrence:
+    """Where every query reads what all tokens leave: what tokens do, and what queries do then."""
+    if part == "all":
+        return recurrence
+    kept = tuple(s for s in recurrence.statements if isinstance(s, Output) == (part == "outputs"))
+    return replace(recurrence, name=f"{recurrence.name}_{part}", statements=kept)
+
+
+def compile_sequential(plan: SequentialPlan, templates: Sequence[Path]) -> CompiledSequential:
+    """The kernel of `plan`, compiled or found in the cache folder. Raises BuildError where it cannot be compiled."""
+    if plan.target.backend == "cpp":
+        from attncc.runtime.cpp_sequential import compile_kernel
+    else:
+        from attncc.runtime.triton_sequential import compile_kernel
+    return cache.in_folder(partial(compile_kernel, plan, templates))
+
+
+class _Sequential(torch.autograd.Function):
+    """Keeps the operands, no states: the backward pass runs the tokens again."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]  # PyTorch types it as taking anything
+        ctx: Any,
+        plan: SequentialPlan,
+        kernel: CompiledSequential,
+        sizes: tuple[int, int],
+        offsets: Tensor | None,
+        state: Tensor,
+        *operands: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """sizes: batch and tokens."""
+        ctx.plan = plan
+        ctx.save_for_backward(offsets, state, *operands)
+        batch, tokens = sizes
+        o = state.new_empty((batch, state.shape[1], tokens, plan.value_width), dtype=TORCH_DTYPES[plan.stored])
+        last = torch.empty_like(state)
+        kernel.forward(operands, state, offsets, o, last)
+        return o, last
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_o: Tensor, d_last: Tensor) -> tuple[Any, ...]:  # type: ignore[override]  # as above
+        offsets, state, *operands = ctx.saved_tensors
+        found = gradients(ctx.plan, operands, state, offsets, d_o.to(state.dtype), d_last)
+        return None, None, None, None, found.state, *found.operands
