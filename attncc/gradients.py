@@ -27,14 +27,29 @@ def compare_gradients(
     q_offset: int | None = None,
     seed: int = 0,
 ) -> str | None:
-    """What is wrong with the gradients of q, k, v and every captured tensor of floats, or None.
+    """What is wrong with the gradients of q, k, v and every captured tensor of floats, or None."""
+    wrong = wrong_gradient(attention, attend, q, k, v, inputs, q_offset, seed)
+    return None if wrong is None else wrong[1]
+
+
+def wrong_gradient(
+    attention: Attention,
+    attend: Attend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: Mapping[str, Any],
+    q_offset: int | None = None,
+    seed: int = 0,
+) -> tuple[str, str] | None:
+    """The first tensor among q, k, v and the captured tensors of floats whose gradient is wrong, and what is wrong.
 
     attend: called as a compiled attention is, returning o. The gradient of o is drawn, in the type of o.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     leaves = _leaves(q, k, v, inputs, None)
     o = attend(leaves["q"], leaves["k"], leaves["v"], q_offset=q_offset, **_arguments(inputs, leaves))
-    do = torch.randn(o.shape, generator=torch.Generator().manual_seed(seed)).to(o.dtype)
+    do = gradient_of_o(o, seed)
     found = _gradients(o, leaves, do)
 
     exact = _leaves(q, k, v, inputs, torch.float64)
@@ -54,8 +69,13 @@ def compare_gradients(
     for name in found:
         message = compare(f"d{name}", found[name], oracles[name], plains[name], terms=terms[name])
         if message is not None:
-            return message
+            return name, message
     return None
+
+
+def gradient_of_o(o: Tensor, seed: int) -> Tensor:
+    """A gradient to begin with."""
+    return torch.randn(o.shape, generator=torch.Generator().manual_seed(seed)).to(o)
 
 
 def undivided(o: Tensor, lse: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import hypothesis
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from attncc.diagnostics import AttnError, BuildError, render
 from attncc.eager import eager
 from attncc.error_rule import compare
-from attncc.gradients import compare_gradients
+from attncc.gradients import wrong_gradient
 from attncc.inputs import captured_tensors, operands
 from attncc.ir.nodes import Attention, Load, ScalarParameter
 from attncc.ir.rewrite import walk
@@ -70,10 +71,11 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A case that went wrong, as small as it could be made."""
+    """A case that went wrong, as small as it could be made. result: o, lse, or what has a wrong gradient: `dq`, say."""
 
     target: str
     case: Case
+    result: str
     message: str
 
 
@@ -98,20 +100,22 @@ def verify(
     examples: int = 50,
     longest: int = 300,
     seed: int = 0,
+    scalars: Mapping[str, bool | int | float] = MappingProxyType({}),
     gradients: bool = True,
     tick: Callable[[], object] = lambda: None,
 ) -> Report:
     """Tries `kernel` (called as a compiled attention with return_lse=True is, returning o and lse or None), and its
     gradients if they are asked for.
 
-    The examples are shared out among the types; the first type that fails ends it. At most `longest` keys. `tick` is
-    called once per example; shrinking calls it too.
+    The examples are shared out among the types; the first type that fails ends it. At most `longest` keys. Run-time
+    scalars are drawn, but for those in `scalars`. `tick` is called once per example; shrinking calls it too.
     """
     report = Report(target)
     for i, dtype in enumerate(dtypes):
         share = examples // len(dtypes) + (i < examples % len(dtypes))
         if share and report.failure is None:
-            _verify_dtype(attention, kernel, report, dtype, share, longest, seed, gradients, tick)
+            drawn = cases(attention, dtype, longest, scalars)
+            _verify_dtype(attention, kernel, report, drawn, share, seed, gradients, tick)
     return report
 
 
@@ -119,9 +123,8 @@ def _verify_dtype(
     attention: Attention,
     kernel: _KERNEL,
     report: Report,
-    dtype: str,
+    drawn: st.SearchStrategy[Case],
     examples: int,
-    longest: int,
     seed: int,
     gradients: bool,
     tick: Callable[[], object],
@@ -136,13 +139,13 @@ def _verify_dtype(
         phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
         verbosity=hypothesis.Verbosity.quiet,
     )
-    @hypothesis.given(cases(attention, dtype, longest))
+    @hypothesis.given(drawn)
     def holds(case: Case) -> None:
         tick()
-        message = _try(attention, kernel, case, report, gradients)
-        if message is not None:
+        wrong = _try(attention, kernel, case, report, gradients)
+        if wrong is not None:
             # The last one to fail is the smallest.
-            report.failure = Failure(report.target, case, message)
+            report.failure = Failure(report.target, case, *wrong)
             raise _CaseFailed
 
     # Where every case was refused or discarded, the report says so.
@@ -154,8 +157,8 @@ class _CaseFailed(Exception):
     """Tells hypothesis that a case failed."""
 
 
-def _try(attention: Attention, kernel: _KERNEL, case: Case, report: Report, gradients: bool) -> str | None:
-    """What is wrong with the kernel's result, or None."""
+def _try(attention: Attention, kernel: _KERNEL, case: Case, report: Report, gradients: bool) -> tuple[str, str] | None:
+    """Which of the kernel's results is wrong, and what is wrong with it; None where nothing is."""
     try:
         q, k, v, tensors = case.arguments(attention)
     except ValueError:
@@ -168,11 +171,11 @@ def _try(attention: Attention, kernel: _KERNEL, case: Case, report: Report, grad
         if _is_due_to_inputs(error, attention, case):
             report.discarded += 1
             hypothesis.reject()
-        return render(reads_outside(error))
+        return "o", render(reads_outside(error))
     try:
         o, lse = kernel(q, k, v, q_offset=case.q_offset, **inputs)
     except BuildError as error:
-        return f"no kernel can be made of it: {error}"
+        return "o", f"no kernel can be made of it: {error}"
     except AttnError as error:
         diagnostic = error.diagnostics[0]
         report.refused.setdefault(diagnostic.code, f"{diagnostic.fill(diagnostic.title)} ({_sizes_text(case)})")
@@ -185,21 +188,26 @@ def _try(attention: Attention, kernel: _KERNEL, case: Case, report: Report, grad
         name: x.to(floating) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()
     }
     plain = eager(attention, q, k, v, wide, case.q_offset)
-    message = compare("o", o, oracle[0], plain)
-    if message is None and lse is not None and oracle[1] is not None:
+    if message := compare("o", o, oracle[0], plain):
+        return "o", message
+    if lse is not None and oracle[1] is not None:
         # The plain formula's lse has the rounding of its scores, of which a kernel makes none.
         rounded = evaluate(attention, q, k, v, inputs, case.q_offset, rounded_rows=True)[1]
         assert rounded is not None
-        message = compare("lse", lse, oracle[1], oracle[1].to(q.dtype), rounded)
-    if message is None and gradients:
-        message = compare_gradients(
-            attention, lambda *args, **keywords: kernel(*args, **keywords)[0], q, k, v, inputs, case.q_offset, case.seed
-        )
-    return message
+        if message := compare("lse", lse, oracle[1], oracle[1].to(q.dtype), rounded):
+            return "lse", message
+    if not gradients:
+        return None
+    wrong = wrong_gradient(
+        attention, lambda *args, **keywords: kernel(*args, **keywords)[0], q, k, v, inputs, case.q_offset, case.seed
+    )
+    return None if wrong is None else (f"d{wrong[0]}", wrong[1])
 
 
 @st.composite
-def cases(draw: st.DrawFn, attention: Attention, dtype: str, longest: int) -> Case:
+def cases(
+    draw: st.DrawFn, attention: Attention, dtype: str, longest: int, scalars: Mapping[str, bool | int | float]
+) -> Case:
     """Calls of every kind: grouped heads, decoding, lengths that no tile divides, empty ones, strided operands."""
     heads_kv = draw(st.integers(1, 2))
     keys = draw(st.one_of(st.integers(0, 40), st.integers(0, longest)))
@@ -221,7 +229,7 @@ def cases(draw: st.DrawFn, attention: Attention, dtype: str, longest: int) -> Ca
         sizes,
         dtype=dtype,
         seed=seed,
-        scalars={scalar.name: draw(scalar_values(scalar, keys)) for scalar in attention.scalars},
+        scalars={s.name: scalars.get(s.name, draw(scalar_values(s, keys))) for s in attention.scalars},
         q_offset=draw(st.one_of(st.none(), st.integers(0, max(keys - rows, 0)))),
         strided=draw(st.booleans()),
     )
@@ -250,23 +258,53 @@ def _is_due_to_inputs(error: OutOfRange, attention: Attention, case: Case) -> bo
     return any(isinstance(node, Load) for load in loads for index in load.indices for node in walk(index))
 
 
-def snippet(failure: Failure, spec: str, name: str | None, constants: Mapping[str, bool | int | float]) -> str:
-    """A program that shows the failure."""
+def snippet(
+    failure: Failure,
+    spec: str,
+    name: str | None,
+    constants: Mapping[str, bool | int | float],
+    templates: Sequence[str] = (),
+    device: str = "cpu",
+) -> str:
+    """A program that computes what was wrong, and the same by the reference. device: where the kernel runs."""
     case = failure.case
-    options = "".join(f", {key}={value!r}" for key, value in {"name": name, **constants}.items() if value is not None)
-    scalars = "".join(f", {key}={value!r}" for key, value in case.scalars.items())
-    offset = "" if case.q_offset is None else f", q_offset={case.q_offset}"
+    named = {"name": name, "templates": list(templates) or None, **constants}
+    options = "".join(f", {key}={value!r}" for key, value in named.items() if value is not None)
+    scalars = {**case.scalars, **({} if case.q_offset is None else {"q_offset": case.q_offset})}
+    numbers = f"inputs |= {scalars!r}\n" if scalars else ""
+    move = "" if device == "cpu" else f"inputs = {{name: x.to({device!r}) for name, x in inputs.items()}}\n"
     return f"""\
+import torch
+
 import attncc
+from attncc.gradients import gradient_of_o
 from attncc.runtime.arguments import Sizes
 from attncc.verify import Case
 
 attn = attncc.build({spec!r}{options}, target={failure.target!r})
 case = Case({case.sizes}, {case.dtype!r}, seed={case.seed}, scalars={{}}, q_offset=None, strided={case.strided})
 q, k, v, tensors = case.arguments(attn.attention)
-print(attn(q, k, v{offset}{scalars}, **tensors))
-print(attn.reference(q, k, v{offset}{scalars}, **tensors))
+inputs = {{"q": q, "k": k, "v": v, **tensors}}
+{move}{numbers}{_compared(failure)}
+print(found, exact, sep="\\n")
+print("off by", (found.double() - exact).abs().max().item())
 """
+
+
+def _compared(failure: Failure) -> str:
+    """Statements that assign `found` and `exact`: the result that was wrong, by the kernel and by the reference."""
+    match failure.result:
+        case "o":
+            return "found = attn(**inputs)\nexact = attn.reference(**inputs)"
+        case "lse":
+            return "_, found = attn(**inputs, return_lse=True)\n_, exact = attn.reference(**inputs, return_lse=True)"
+        case gradient:
+            return f"""\
+leaf = inputs[{gradient.removeprefix("d")!r}].requires_grad_()
+o = attn(**inputs)
+do = gradient_of_o(o, seed={failure.case.seed})
+(found,) = torch.autograd.grad(o, leaf, do, materialize_grads=True)
+(exact,) = torch.autograd.grad(attn.reference(**inputs), leaf, do.double(), materialize_grads=True)"""
 
 
 def _sizes_text(case: Case) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from attncc.build import build, check
 from attncc.cli import main
 from attncc.diagnostics import CallError
 from attncc.runtime.errors import NoLse
-from attncc.verify import Failure, Report, snippet, verify
+from attncc.verify import Report, snippet, verify
 
 WINDOW = "attention windowed(window: int = 64):\n    mask = causal and q_idx - kv_idx < window\n"
 
@@ -120,13 +119,70 @@ def test_refusals_are_told() -> None:
     assert list(report.refused) == [NoLse.code]
 
 
-def test_the_snippet_runs() -> None:
+def _wrong_gradient(x: Tensor) -> Tensor:
+    """`x`, with twice its gradient."""
+    return 2 * x - x.detach()
+
+
+def _no_more_than_a_gradient(x: Tensor) -> Tensor:
+    return (x - x.detach()).sum()
+
+
+@pytest.mark.parametrize(
+    ("result", "break_it"),
+    [
+        ("o", lambda q, k, o, lse, _: (o + 1, lse)),
+        ("lse", lambda q, k, o, lse, _: (o, lse + 1)),
+        ("dv", lambda q, k, o, lse, _: (_wrong_gradient(o), lse)),
+        ("dbias", lambda q, k, o, lse, inputs: (o + _no_more_than_a_gradient(inputs["bias"]), lse)),
+    ],
+)
+def test_the_program_shows_what_is_wrong(
+    result: str, break_it: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = WINDOW.replace("(window", "(bias: f32[H], window") + "    score = qk + bias[h]\n"
+    failure = run(spec, break_it).failure
+    assert failure is not None
+    assert failure.result == result
+    program = snippet(replace(failure, target="cpp"), spec, None, {})
+
+    def off_by() -> float:
+        exec(program, {})
+        return float(capsys.readouterr().out.rsplit("off by ", 1)[1])
+
+    # The kernel itself is right; the one that failed is not.
+    assert off_by() < 0.05
+    attn = build(spec)
+    kernel = reference_kernel(spec, break_it)
+
+    class Broken:
+        attention, reference = attn.attention, attn.reference
+
+        def __call__(self, return_lse: bool = False, **inputs: Any) -> Any:
+            o, lse = kernel(**inputs)
+            return (o, lse) if return_lse else o
+
+    monkeypatch.setattr("attncc.build", lambda *_, **__: Broken())
+    assert off_by() > 0.05
+
+
+def test_the_program_of_another_device_moves_the_tensors() -> None:
     failure = run(WINDOW, lambda q, k, o, lse, _: (o + 1, lse)).failure
     assert failure is not None
-    program = snippet(Failure("cpp", failure.case, failure.message), WINDOW, None, {})
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "tensor" in done.stdout
+    program = snippet(failure, WINDOW, None, {}, templates=["mine"], device="cuda")
+    assert "x.to('cuda')" in program
+    assert "templates=['mine']" in program
+
+
+def test_scalars_that_are_given_are_not_drawn() -> None:
+    found = set[int]()
+
+    def noted(_q: Tensor, _k: Tensor, o: Tensor, lse: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        found.add(inputs["window"])
+        return o, lse
+
+    assert run(WINDOW, noted, scalars={"window": 3}).failure is None
+    assert found == {3}
 
 
 def test_the_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,12 +48,14 @@ def verify(arguments: argparse.Namespace) -> int:
             task = bar.add_task(f"{attention.name} on {target}", total=arguments.examples)
             report = verify_target(
                 attention, target, kernel, dtypes=dtypes, examples=arguments.examples, longest=arguments.longest,
-                seed=arguments.seed, gradients=not arguments.forward_only, tick=lambda: bar.advance(task),
+                seed=arguments.seed, scalars=loaded.scalars, gradients=not arguments.forward_only,
+                tick=lambda: bar.advance(task),
             )  # fmt: skip
         _print_report(console, report)
         if report.failure is not None:
             failed = True
-            program = snippet(report.failure, loaded.path, loaded.name, loaded.constants)
+            named = (loaded.path, loaded.name, loaded.constants, arguments.templates)
+            program = snippet(report.failure, *named, device=device)
             print(f"\n{report.failure.message}\n\nThe smallest case that fails, as a program:\n\n{program}")
     return 1 if failed else 0
 
