@@ -47,4 +47,8 @@ def run(
         o = o if form.gate is None else o * at_channels(form.gate)
         o = o if form.bonus is None else o + at_channels(form.bonus)
         outputs.append(o.expand(*state.shape[:2], 1, state.shape[3]))
-    return torch.cat(outputs, 2), state
+    o = torch.cat(outputs, 2)
+    if recurrence.normalizer == "sum":
+        nothing = o[..., -1:] == 0
+        o = torch.where(nothing, 0, o[..., :-1]) / torch.where(nothing, 1, o[..., -1:])
+    return o, state

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import elu, relu, silu
+
+# As many features as the specifications with a number of them have without another one.
+R = 64
 
 # The rows of one token and the inputs at it: all (B, H, …). Returns the output and the state after the token.
 Step = Callable[..., tuple[Tensor, Tensor]]
@@ -86,6 +91,58 @@ def gated_delta_product(S, q, k, v, g, beta, k2, v2):
     return deltanet(S, q, k2, v2, beta[..., 1])
 
 
+# Features: the state has one more column, that of the sum of weights.
+
+
+def weighted(S, q, k, v):
+    """The state gains the product of features and (v, 1); what they read is divided by its last column, 0 where
+    that is 0."""
+    S = S + outer(k, torch.cat([v, torch.ones_like(v[..., :1])], -1))
+    o = read(q, S)
+    nothing = o[..., -1:] == 0
+    return torch.where(nothing, 0, o[..., :-1]) / torch.where(nothing, 1, o[..., -1:]), S
+
+
+def linear_attention(S, q, k, v):
+    return weighted(S, elu(q) + 1, elu(k) + 1, v)
+
+
+def performer(S, q, k, v, W, shift):
+    def exponents(x):
+        x = x / x.shape[-1] ** 0.25
+        return torch.einsum("bhd,dr->bhr", x, W) - x.square().sum(-1, keepdim=True) / 2
+
+    shift = shift.repeat_interleave(k.shape[1] // shift.shape[1], 1)
+    of_q, of_k = exponents(q), exponents(k)
+    return weighted(S, torch.exp(of_q - of_q.amax(-1, keepdim=True)), torch.exp(of_k - shift[..., None]), v)
+
+
+def cosformer(S, q, k, v, length, t):
+    angle = torch.tensor(math.pi / 2 * t / length, dtype=torch.float64)
+
+    def features(x):
+        return torch.cat([relu(x) * torch.cos(angle), relu(x) * torch.sin(angle)], -1)
+
+    return weighted(S, features(q), features(k), v)
+
+
+def based(S, q, k, v):
+    def taylor(x):
+        x = x / x.shape[-1] ** 0.25
+        second = torch.einsum("bhi,bhj->bhij", x, x).flatten(2) / 2**0.5
+        return torch.cat([torch.ones_like(x[..., :1]), x, second], -1)
+
+    return weighted(S, taylor(q), taylor(k), v)
+
+
+def hedgehog(S, q, k, v, Wq, Wk):
+    def both(x, W):
+        x = torch.einsum("bhd,hdr->bhr", x, W.repeat_interleave(x.shape[1] // W.shape[0], 0))
+        return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
+
+    return weighted(S, both(q, Wq), both(k, Wk), v)
+
+
 def _gate(*shape: int) -> Tensor:
     """Log-decays, from hardly any to e ** -4."""
     return -4 * torch.rand(shape, dtype=torch.float64) ** 3
@@ -102,23 +159,32 @@ def _normal(*shape: int) -> Tensor:
 @dataclass(frozen=True)
 class Formula:
     """step: what a token does. inputs: of each, how it is drawn and its axes; those with N are read at the token.
-    form: (side of the decay, erases, writes, read) of its normal form."""
+    form: (side of the decay, erases, writes, read) of its normal form. features: how many, of D, where the output is
+    divided by their sum of weights. positional: whether `step` asks for the position t."""
 
     step: Step
-    inputs: dict[str, tuple[Callable[..., Tensor], str]]
+    inputs: dict[str, tuple[Callable[..., Tensor | int], str]]
     form: tuple[str, int, int, str]
+    features: Callable[[int], int] | None = None
+    positional: bool = False
 
-    def draw(self, B: int, H: int, N: int, D: int, E: int) -> dict[str, Tensor]:
-        sizes = {"B": B, "H": H, "N": N, "D": D, "E": E, "2": 2}
+    def state_shape(self, B: int, H: int, D: int, E: int) -> tuple[int, int, int, int]:
+        return (B, H, D, E) if self.features is None else (B, H, self.features(D), E + 1)
+
+    def draw(self, B: int, H: int, N: int, D: int, E: int, HKV: int = 0) -> dict[str, Tensor | int]:
+        sizes = {"B": B, "H": H, "K": HKV or H, "N": N, "D": D, "E": E, "2": 2, "R": R}
         return {name: make(*(sizes[axis] for axis in axes)) for name, (make, axes) in self.inputs.items()}
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, inputs: dict[str, Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: dict[str, Any], state: Tensor, q_offset: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """o (B, H, N, E) and the last state; q, k and v may have fewer heads than the state."""
         heads = state.shape[1]
         q, k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (q, k, v))
         outputs = []
         for t in range(q.shape[2]):
             at = {name: x[:, :, t] if "N" in self.inputs[name][1] else x for name, x in inputs.items()}
+            at |= {"t": t + q_offset} if self.positional else {}
             o, state = self.step(state, q[:, :, t], k[:, :, t], v[:, :, t], **at)
             outputs.append(o)
         return torch.stack(outputs, 2), state
@@ -145,4 +211,14 @@ FORMULAS = {
         {"g": (_gate, "BHN"), "beta": (_share, "BHN2"), "k2": (_normal, "BHND"), "v2": (_normal, "BHNE")},
         ("scalar", 2, 2, "post"),
     ),
+}
+
+_LINEAR = ("none", 0, 1, "post")
+# Those whose state has another shape than D x E, since their rows are features and their output is normalised.
+FEATURE_FORMULAS = {
+    "linear_attention": Formula(linear_attention, {}, _LINEAR, lambda D: D),
+    "performer": Formula(performer, {"W": (_normal, "DR"), "shift": (_normal, "BK")}, _LINEAR, lambda _: R),
+    "cosformer": Formula(cosformer, {"length": (lambda: 11, "")}, _LINEAR, lambda D: 2 * D, positional=True),
+    "based": Formula(based, {}, _LINEAR, lambda D: 1 + D + D * D),
+    "hedgehog": Formula(hedgehog, {"Wq": (_normal, "HDR"), "Wk": (_normal, "KDR")}, _LINEAR, lambda _: 2 * R),
 }

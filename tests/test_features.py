@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import elu
+from torch.nn.functional import elu, scaled_dot_product_attention
 
 import attncc
+from attncc import random_features
 from attncc.explain_recurrence import explain_recurrence
 from attncc.ir.errors import IRError
 from attncc.ir.nodes import Size
@@ -28,6 +30,7 @@ Q, K = torch.randn(2, B, H, N, D, dtype=torch.float64)
 V = torch.randn(B, H, N, E, dtype=torch.float64)
 W = torch.randn(H, D, R, dtype=torch.float64)
 U = torch.randn(R, D, dtype=torch.float64)
+EXAMPLES = Path(__file__).parent.parent / "examples" / "recurrent"
 HEADER = f"attention featured(R: const int = {R}, W: float[H, D, R], U: float[R, D]):\n"
 
 
@@ -228,3 +231,31 @@ def test_explain_says_what_features_make() -> None:
     for line in (f"keys    {R} channels", "order   all tokens; then every query", "divide  by the same of ones"):
         assert f"  {line}" in text
     assert "q   = sum(e < D: q[e] * W[h, e, d])" in text
+
+
+@pytest.mark.parametrize("features", [3, 4, 10])
+def test_random_features_are_orthogonal_within_blocks_and_as_long_as_normal_ones(features: int) -> None:
+    W = random_features.orthogonal(D, features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert W.shape == (D, features)
+    for block in W.split(D, 1):
+        products = block.mT @ block
+        assert torch.allclose(products, products.diagonal().diag_embed(), atol=1e-12)
+    many = random_features.orthogonal(D, 4000, generator=torch.Generator().manual_seed(0))
+    assert abs(many.square().sum(0).mean() - D) < 0.1
+    assert torch.allclose(many @ many.mT / 4000, torch.eye(D), atol=0.1)
+
+
+def test_many_random_features_make_softmax_and_greatest_exponents_cancel() -> None:
+    q, k = Q / 2, K / 2
+    W = random_features.orthogonal(D, 4096, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    performer = attncc.check(EXAMPLES / "performer.attn", R=4096)
+    assert isinstance(performer, Recurrence)
+    exact = scaled_dot_product_attention(q, k, V, is_causal=True)
+    shift = random_features.greatest_exponent(k, W)
+    assert shift.shape == (B, H)
+    o, _ = evaluate(performer, q, k, V, {"W": W, "shift": shift})
+    assert (o - exact).abs().max() < 0.1
+    assert torch.allclose(o, evaluate(performer, q, k, V, {"W": W, "shift": torch.zeros_like(shift)})[0])
+    large = random_features.greatest_exponent(100 * k, W)
+    o, _ = evaluate(performer, 100 * q, 100 * k, V, {"W": W, "shift": large})
+    assert o.isfinite().all()
