@@ -7,12 +7,11 @@ prints for one of these shapes; in a matrix, vectors are turned into columns (`x
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import assert_never
 
+from attncc.emit.triton_expressions import AND, PRODUCT, SHIFT, SIGN, SUM, Expressions, Text
 from attncc.emit.triton_facts import (
     Axis,
     bindings_of,
@@ -32,7 +31,6 @@ from attncc.emit.triton_names import INDEX_NAMES, name_of
 from attncc.emit.triton_text import chunks, functions, header, tidy
 from attncc.ir.errors import IRError
 from attncc.ir.nodes import (
-    Apply,
     Constant,
     Element,
     Expr,
@@ -40,17 +38,15 @@ from attncc.ir.nodes import (
     Index,
     IndexName,
     Load,
-    Parameter,
     Reduce,
     Size,
     SizeName,
     Summary,
     Variable,
 )
-from attncc.ir.operators import OPERATORS
 from attncc.ir.rewrite import kind_of, walk
 from attncc.ir.types import DType, Kind
-from attncc.passes.ranges import Range, fits_int32, int_range
+from attncc.passes.ranges import Range, int_range
 from attncc.plan.nodes import BackwardPlan, ForwardPlan, KernelPlan, RowsPlan, TilesPlan
 from attncc.plan.triton_tiles import power_of_two
 
@@ -60,59 +56,22 @@ DOT_OPTIONS = {DType.F32: ', input_precision="ieee"', DType.F64: ", out_dtype=tl
 LOWEST = {DType.F32: -3.4028234663852886e38, DType.F64: -1.7976931348623157e308}
 
 
-# How tightly Python binds, loosest first.
-_COMPARE, _OR, _XOR, _AND, _SHIFT, _SUM, _PRODUCT, _SIGN, _ATOM = range(9)
-_LEVELS = {
-    **dict.fromkeys(("<", "<=", ">", ">=", "==", "!="), _COMPARE),
-    "|": _OR,
-    "^": _XOR,
-    "&": _AND,
-    "<<": _SHIFT,
-    ">>": _SHIFT,
-    "+": _SUM,
-    "-": _SUM,
-    **dict.fromkeys(("*", "/", "//", "%"), _PRODUCT),
-}
-_INFIX = re.compile(r"\(?\{0\} (\S+) (\{1\}|0)\)?")
-_PREFIX = re.compile(r"\(?([-~])\{0\}\)?")
-# Where both operands are known not to be negative, truncation is the floor.
-_TRUNCATING = {"floordiv": "{0} // {1}", "mod": "{0} % {1}"}
-# In f64, where rows are of another type.
-_OUTER = {"sin": "attn_sin({0})", "cos": "attn_cos({0})", "to_float": "{0}.to(tl.float64)"}
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """Printed source and how tightly its outermost operator binds."""
-
-    source: str
-    level: int = _ATOM
-
-    def at(self, level: int) -> str:
-        """The source, in parentheses where its operator binds less tightly than `level`."""
-        return self.source if self.level >= level else f"({self.source})"
-
-
-class TritonPrinter:
+class TritonPrinter(Expressions):
     """Prints the expressions of one plan. keys_first: a matrix has its keys along the first axis, not its queries."""
 
     extension = "py"
 
     def __init__(self, plan: KernelPlan, *, keys_first: bool = False) -> None:
+        # Tables are made once for every element type of q: in f64, as the reference decides.
+        super().__init__(double=isinstance(plan, TilesPlan) or plan.dtype is DType.F64, keys_first=keys_first)
         self.plan = plan
-        self.keys_first = keys_first
         self.dtypes = {tensor.name: tensor.dtype for tensor in plan.tensors}
         self.ranks = {tensor.name: tensor.rank for tensor in plan.tensors}
         self.shapes = {parameter.name: parameter.shape for parameter in plan.spec.tensors}
-        # Tables are made once for every element type of q: in f64, as the reference decides.
-        self.double = isinstance(plan, TilesPlan) or plan.dtype is DType.F64
         # Outside rows, a rows kernel computes floats in f64: f32 cannot hold the angle of a late position.
         self.mixed = isinstance(plan, RowsPlan) and not self.double
-        self.outer, self._float = False, "FLOAT"
-        self.doubles = {b.name for b in (*plan.call, *plan.position)} if isinstance(plan, RowsPlan) else set[str]()
-        self.axes: dict[str, Axis] = {}
-        self.ranges: dict[str, Range] = {}
-        self.wide: set[str] = set()
+        if isinstance(plan, RowsPlan):
+            self.doubles = {b.name for b in (*plan.call, *plan.position)}
         for axis, binding in bindings_of(plan):
             self.axes[binding.name] = axis
             if binding.kind is Kind.INT:
@@ -136,11 +95,11 @@ class TritonPrinter:
             "dot_options": lambda dtype: DOT_OPTIONS.get(dtype, ""),
             # Expressions, by the shape of the value.
             "vector": lambda expr: self.print(expr, matrix=False).source,
-            "vector_operand": lambda expr: self.print(expr, matrix=False).at(_PRODUCT),
-            "negated": lambda expr: f"({self.print(expr, matrix=False).at(_SHIFT)} == 0)",
+            "vector_operand": lambda expr: self.print(expr, matrix=False).at(PRODUCT),
+            "negated": lambda expr: f"({self.print(expr, matrix=False).at(SHIFT)} == 0)",
             "matrix": lambda expr, keys_first=False: turned(keys_first).print(expr, matrix=True).source,
-            "matrix_operand": lambda expr, keys_first=False: turned(keys_first).print(expr, matrix=True).at(_AND),
-            "matrix_factor": lambda expr, keys_first=False: turned(keys_first).print(expr, matrix=True).at(_SIGN),
+            "matrix_operand": lambda expr, keys_first=False: turned(keys_first).print(expr, matrix=True).at(AND),
+            "matrix_factor": lambda expr, keys_first=False: turned(keys_first).print(expr, matrix=True).at(SIGN),
             "outer_vector": lambda expr: self.outer_value(expr, matrix=False),
             "outer_matrix": lambda expr: self.outer_value(expr, matrix=True),
             "tile_matrix": lambda expr, keys_first=False: turned(keys_first).tile_matrix(expr),
@@ -168,29 +127,14 @@ class TritonPrinter:
             "is_bool": lambda summary: summary.load.kind is Kind.BOOL,
         }
 
-    def print(self, expr: Expr, *, matrix: bool, wide: bool = False) -> Text:
-        """`expr` as Triton. wide: ints are computed in 64 bits, because some result on the way may need them."""
-        if not wide and kind_of(expr) is Kind.INT:
-            wide = not self._fits(expr)
+    def read(self, expr: Expr, *, matrix: bool, wide: bool) -> Text:
         match expr:
-            case Constant(value=value):
-                return _literal(value)
             case Index(name=name):
                 return self._leaf(INDEX_NAMES[name], self._index_axis(name), matrix, wide)
-            case Size(name=name):
-                return self._leaf(name, Axis.NONE, matrix, wide)
-            case Parameter(name=name, kind=kind):
-                leaf = self._leaf(name_of(name), Axis.NONE, matrix, wide and kind is Kind.INT)
-                return self._as_float(leaf, double=True) if kind is Kind.FLOAT else leaf
-            case Variable(name=name, kind=kind):
-                leaf = self._leaf(name_of(name), self.axes[name], matrix, wide and kind is Kind.INT)
-                return self._as_float(leaf, double=name in self.doubles) if kind is Kind.FLOAT else leaf
             case Hole(name="dot"):
                 return Text("qk")
             case Hole(name="score"):
                 return Text("score")
-            case Hole():
-                raise IRError("a plan multiplies by the scale itself: Hole('qk') cannot be printed")
             case Load():
                 return self._load(expr, matrix, wide)
             case Element(index=index, upstream=upstream):
@@ -199,10 +143,8 @@ class TritonPrinter:
                 return self._reduce(op, body, size, matrix)
             case Summary():
                 return self._summary(expr, wide)
-            case Apply(op=op, args=args):
-                return self._apply(op, args, matrix, wide)
             case _:
-                assert_never(expr)
+                return super().read(expr, matrix=matrix, wide=wide)
 
     def outer_value(self, expr: Expr, *, matrix: bool) -> str:
         """A value of a level outside rows. One per element is kept as FLOAT, as rows compute with it."""
@@ -227,7 +169,7 @@ class TritonPrinter:
         if any(isinstance(node, Hole) or self._is_matrix(node) for node in walk(expr)):
             return text.source
         shape = "BLOCK_N, BLOCK_M" if self.keys_first else "BLOCK_M, BLOCK_N"
-        return f"tl.zeros([{shape}], FLOAT) + {text.at(_PRODUCT)}"
+        return f"tl.zeros([{shape}], FLOAT) + {text.at(PRODUCT)}"
 
     def _is_matrix(self, expr: Expr) -> bool:
         return isinstance(expr, Variable) and self.axes[expr.name] is Axis.BOTH
@@ -243,23 +185,6 @@ class TritonPrinter:
 
     # --- leaves -----------------------------------------------------------------------------------------------------
 
-    def _fits(self, expr: Expr) -> bool:
-        return fits_int32(expr, self.dtypes, self.ranges)
-
-    def _is_wide(self, expr: Expr) -> bool:
-        """Whether an int is printed as a 64-bit value."""
-        match expr:
-            case Variable(name=name):
-                return name in self.wide
-            case Load(tensor=tensor):
-                return self.dtypes[tensor] is DType.I64
-            case Apply(args=args):
-                spelled = OPERATORS[expr.op].spelling("triton", kind_of(args[-1]))
-                inner = any(kind_of(arg) is Kind.INT and self._is_wide(arg) for arg in args)
-                return inner or not self._fits(expr) or spelled.startswith(("attn_shl", "attn_shr"))
-            case _:
-                return False
-
     def _index_axis(self, name: str) -> Axis:
         match self.plan:
             case ForwardPlan() | BackwardPlan():
@@ -269,16 +194,6 @@ class TritonPrinter:
             case TilesPlan():
                 axes = {}
         return axes.get(name, Axis.NONE)
-
-    def _leaf(self, name: str, axis: Axis, matrix: bool, wide: bool) -> Text:
-        source = name
-        if matrix and axis in (Axis.FIRST, Axis.SECOND):
-            source += "[:, None]" if (axis is Axis.FIRST) != self.keys_first else "[None, :]"
-        return Text(f"{source}.to(tl.int64)" if wide else source)
-
-    def _as_float(self, leaf: Text, *, double: bool) -> Text:
-        """A float, kept as f64 or as FLOAT, in the type of the level at hand."""
-        return Text(f"tl.cast({leaf.source}, {self._float})") if self.mixed and double != self.outer else leaf
 
     def _load(self, load: Load, matrix: bool, wide: bool) -> Text:
         tensor = name_of(load.tensor)
@@ -315,7 +230,7 @@ class TritonPrinter:
             case _, Constant(value=int(value)) if int_range(index, self.dtypes, self.ranges).within(
                 Range(0, value - 1)
             ):
-                return self.print(index, matrix=matrix).at(_PRODUCT)
+                return self.print(index, matrix=matrix).at(PRODUCT)
             case _:
                 return f"attn_clamp({self.print(index, matrix=matrix).source}, {name_of(load.tensor)}_size_{axis})"
 
@@ -336,7 +251,7 @@ class TritonPrinter:
         if not int_range(index, self.dtypes, self.ranges).within(Range(0, width - 1)):
             text = Text(f"attn_clamp({text.source}, {width})")
         start = f"{rows}[:, None]" if matrix else rows
-        return Text(f"tl.load({start} + {text.at(_SUM + 1)}).to(FLOAT)")
+        return Text(f"tl.load({start} + {text.at(SUM + 1)}).to(FLOAT)")
 
     def _reduce(self, op: str, body: Expr, size: Expr, matrix: bool) -> Text:
         if not (isinstance(size, Constant) and isinstance(size.value, int)):
@@ -348,51 +263,3 @@ class TritonPrinter:
             neutral = "0.0" if op == "sum" else 'float("-inf")'
             inner = f"tl.where({own}[None, :] < {size.value}, {inner}, {neutral})"
         return Text(f"tl.{op}({inner}, 1)" + ("[:, None]" if matrix else ""))
-
-    # --- operators --------------------------------------------------------------------------------------------------
-
-    def _apply(self, op: str, args: tuple[Expr, ...], matrix: bool, wide: bool) -> Text:
-        spelling = OPERATORS[op].spelling("triton", kind_of(args[-1]))
-        if op in _TRUNCATING and self._never_negative(args):
-            spelling = _TRUNCATING[op]
-        if self.outer:
-            spelling = _OUTER.get(op, spelling)
-        ints = [arg for arg in args if kind_of(arg) is Kind.INT]
-        wide = bool(ints) and (wide or not all(self._fits(arg) for arg in ints))
-        texts = [self.print(arg, matrix=matrix, wide=wide and kind_of(arg) is Kind.INT) for arg in args]
-        if infix := _INFIX.fullmatch(spelling):
-            symbol, right = infix.groups()
-            level = _LEVELS[symbol]
-            # Comparisons do not associate, and neither do sums of floats.
-            left_text = texts[0].at(level + (level == _COMPARE))
-            right_text = texts[1].at(level + 1) if right == "{1}" else right
-            return Text(f"{left_text} {symbol} {right_text}", level)
-        if prefix := _PREFIX.fullmatch(spelling):
-            return Text(prefix[1] + texts[0].at(_SIGN), _SIGN)
-        if spelling.startswith("{0}."):
-            return Text(spelling.format(texts[0].at(_ATOM)))
-        return Text(spelling.format(*self._arguments(spelling, args, texts)))
-
-    def _never_negative(self, args: tuple[Expr, ...]) -> bool:
-        dividend, divisor = (int_range(arg, self.dtypes, self.ranges) for arg in args)
-        return dividend.lo >= 0 and divisor.lo >= 1
-
-    def _arguments(self, spelling: str, args: tuple[Expr, ...], texts: Iterable[Text]) -> list[str]:
-        """Arguments of a function call. A literal float takes the type of what it meets, and f32 where it meets
-        nothing; where that is not enough it is given its type."""
-        literals = [isinstance(arg, Constant) and isinstance(arg.value, float) for arg in args]
-        alone = all(literal or kind_of(arg) is not Kind.FLOAT for literal, arg in zip(literals, args, strict=True))
-        typed = self.double or self.outer or alone or spelling.startswith("attn_")
-        return [
-            f"tl.full((), {text.source}, {self._float})" if literal and typed else text.source
-            for literal, text in zip(literals, texts, strict=True)
-        ]
-
-
-# --- literals --------------------------------------------------------------------------------------------------------
-
-
-def _literal(value: bool | int | float) -> Text:
-    if isinstance(value, float) and not math.isfinite(value):
-        return Text(f'float("{value}")')
-    return Text(repr(value), _SIGN if not isinstance(value, bool) and value < 0 else _ATOM)
