@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Iterator
 
 from attncc.ir.nodes import Apply, Attention, Elementwise, Expr, Parameter, Softmax, Sum, Variable, identity_row
@@ -23,6 +24,7 @@ from attncc.plan.nodes import (
     TritonTile,
 )
 
+_WIDTH = 118  # beside two spaces
 _COORDINATES = {"b": "batch", "h": "head", "q": "query", "kv": "key", "d": "element"}
 _CORNERS = "a tile holds the positions q_lo to q_hi and the keys kv_lo to kv_hi"
 _STRATEGIES = {
@@ -38,12 +40,19 @@ def explain(spec_text: str, attention: Attention, program: Program) -> str:
     forward = program.forward
     sections = [
         ("Specification", spec_text.strip().splitlines()),
-        ("Clauses, and what each varies with", _clauses(attention)),
-        ("Block structure of the mask", _blocks(forward.blocks)),
-        ("Algorithm", _algorithm(attention)),
-        (f"Kernels for {forward.target}, {forward.dtype.value}", _kernels(program)),
+        ("Clauses, and what each varies with", _wrapped(_clauses(attention))),
+        ("Block structure of the mask", _wrapped(_blocks(forward.blocks))),
+        ("Algorithm", _wrapped(_algorithm(attention))),
+        (f"Kernels for {forward.target}, {forward.dtype.value}", _wrapped(_kernels(program))),
     ]
     return "\n\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections) + "\n"
+
+
+def _wrapped(lines: Iterable[str]) -> Iterator[str]:
+    """The lines, long ones broken at spaces; what follows stands further in."""
+    for line in lines:
+        margin = " " * (len(line) - len(line.lstrip()) + 4)
+        yield from textwrap.wrap(line, _WIDTH, subsequent_indent=margin, break_long_words=False, break_on_hyphens=False)
 
 
 def _clauses(attention: Attention) -> Iterator[str]:
@@ -116,7 +125,8 @@ def _kernels(program: Program) -> Iterator[str]:
     for plan in program.kernels:
         yield f"{plan.name}: {_summary(plan)}"
         for level, bindings in _levels(plan):
-            yield f"  once per {level}: {'; '.join(f'{b.name} = {_text(b.value)}' for b in bindings)}"
+            yield f"  once per {level}:"
+            yield from (f"    {binding.name} = {_text(binding.value)}" for binding in bindings)
 
 
 def _summary(plan: KernelPlan) -> str:
