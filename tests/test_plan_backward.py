@@ -20,6 +20,7 @@ from attncc.plan.nodes import (
     Binding,
     KernelPlan,
     RowsPlan,
+    RowTypes,
     Specialization,
     Staged,
     StagedValues,
@@ -39,6 +40,12 @@ def program_of(name: str, target: Target = TARGETS[0], dtype: DType = DType.F32)
     tensors = tuple((tensor.name, tensor.dtypes[0]) for tensor in attention.tensors)
     wanted = {tensor.name for tensor in attention.tensors if tensor.dtypes[0].kind is Kind.FLOAT}
     return plan_backward(attention, Specialization(dtype, 64, 32, tensors), target, wanted)
+
+
+def plan_of(spec: str, target: Target, dtype: DType, *tensors: tuple[str, DType]) -> BackwardProgram:
+    """With gradients of every captured tensor."""
+    specialization = Specialization(dtype, 16, 8, tensors)
+    return plan_backward(attncc.check(spec), specialization, target, {name for name, _ in tensors})
 
 
 class Scope:
@@ -119,7 +126,7 @@ def check_rows(plan: RowsPlan) -> None:
     assert not any(isinstance(node, Element) for node in nodes((call, position, element_of_position)))
     read = [node for node in nodes(scopes) if isinstance(node, Element)]
     assert all(node.row == plan.row for node in read)
-    assert any(node.upstream for node in read) == plan.upstream
+    assert any(node.upstream for node in read) == (plan.upstream is not None)
     check_inputs(plan, scopes)
 
 
@@ -136,6 +143,32 @@ def test_plans_of_examples_are_well_formed(name: str, target: Target, dtype: DTy
     assert len(set(names)) == len(names)
     assert [plan.row for plan in program.transposed] == [plan.row for plan in program.rows]
     assert program.backward.tile is not None
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize(("dtype", "sums"), [(DType.F16, DType.F32), (DType.F32, DType.F32), (DType.F64, DType.F64)])
+def test_gradients_are_rounded_once(target: Target, dtype: DType, sums: DType) -> None:
+    """Those of transformed rows, which another kernel reads, are as exact as the sums that they are."""
+    program = plan_of("attention a():\n    q = rope(q, q_idx)\n    v = tanh(v)\n", target, dtype)
+    assert program.backward.stored == RowTypes(q=sums, k=dtype, v=sums)
+    assert [(plan.row, plan.upstream, plan.stored) for plan in program.transposed] == [
+        ("q", sums, dtype),
+        ("v", sums, dtype),
+    ]
+    assert all(plan.upstream is None and plan.stored is dtype for plan in program.rows)
+
+
+def test_gradients_of_heads_are_rounded_once_they_are_added_up() -> None:
+    """Where the query heads that share a key have each a transform of it."""
+    spec = "attention a(g: float[H]):\n    q = l2norm(q)\n    k = k * g[h]\n"
+    program = plan_of(spec, TARGETS[0], DType.BF16, ("g", DType.F32))
+    assert program.operand_heads == "H"
+    assert [(plan.row, plan.stored) for plan in program.transposed] == [
+        ("q", DType.BF16),
+        ("k", DType.F32),
+        ("v", DType.F32),
+    ]
+    assert [adjoint.rows.upstream for adjoint in program.row_adjoints] == [DType.F32]
 
 
 # --- as text ---------------------------------------------------------------------------------------------------------

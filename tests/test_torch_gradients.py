@@ -55,6 +55,20 @@ def test_strides(view: str) -> None:
     assert_close([x.grad], [y.grad])  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize("target", ["cpp", "triton:interpret"])
+def test_gradients_of_transformed_rows_may_be_greater_than_those_of_rows(target: str) -> None:
+    """Here beyond what float16 can hold."""
+    spec = "attention a():\n    q = q / 1024\n    k = k / 1024\n    scale = 1048576.0\n    mask = causal\n"
+    attn = attncc.build(spec, target=target)
+    q, k, v = operands(dtype=torch.float16)
+    do = 256 * torch.randn(q.shape, generator=torch.Generator().manual_seed(0)).half()
+    found, exact = leaves(q, k, v), leaves(q, k, v)
+    attn(*found).backward(do)
+    attn.reference(*exact).backward(do.double())
+    assert exact[0].grad is not None and exact[0].grad.abs().max() * 1024 > torch.finfo(torch.float16).max
+    assert_close([x.grad for x in found], [x.grad for x in exact], 0.01)  # type: ignore[misc]
+
+
 def test_expanded_tensors() -> None:
     q, k, v = operands()
 

@@ -167,9 +167,9 @@ def argument_fields(plan: KernelPlan) -> tuple[Field, ...]:
                 _operand("o", f"const {element}", "(B, H, M, E)"),
                 _operand("d_o", f"const {element}", "(B, H, M, E), the gradient of o"),
                 *(() if plan.normalizer == "none" else _totals(plan, real, rows)),
-                _operand("dq", element, "(B, H, M, D)"),
-                _operand("dk", element, "(B, HKV, N, D)"),
-                _operand("dv", element, "(B, HKV, N, E)"),
+                _operand("dq", ELEMENT_TYPES[plan.stored.q], "(B, H, M, D)"),
+                _operand("dk", ELEMENT_TYPES[plan.stored.k], "(B, HKV, N, D)"),
+                _operand("dv", ELEMENT_TYPES[plan.stored.v], "(B, HKV, N, E)"),
                 *((Field(f"{real}* delta;", rows, (("delta", "Q"),)),) if plan.writes_delta else ()),
                 *(_adjoint(adjoint, i, real) for i, adjoint in enumerate(plan.adjoints)),
                 *_call_fields(plan),
@@ -207,7 +207,7 @@ def argument_fields(plan: KernelPlan) -> tuple[Field, ...]:
                 _operand(
                     "x", f"const {element}", f"({'B, H' if plan.row == 'q' else 'B, HKV'}, {length}, {plan.width})"
                 ),
-                *((Field(f"const {element}* g;", f"{shape}: the gradient", (("g", "Q"),)),) if plan.upstream else ()),
+                *(() if plan.upstream is None else (_upstream(plan.upstream, shape),)),
                 Field(f"{ELEMENT_TYPES[plan.stored]}* y;", shape, (("y", "Q"),)),
                 *_call_fields(plan),
             )
@@ -258,6 +258,10 @@ def _adjoint(adjoint: Adjoint, i: int, real: str) -> Field:
 def _operand(name: str, element: str, shape: str) -> Field:
     strides = tuple[tuple[str, Format], ...]((f"{name}_stride_{axis}", "q") for axis in ("b", "h", "row"))
     return Field(f"Operand<{element}> {name};", shape, ((name, "Q"), *strides))
+
+
+def _upstream(dtype: DType, shape: str) -> Field:
+    return Field(f"const {ELEMENT_TYPES[dtype]}* g;", f"{shape}: the gradient", (("g", "Q"),))
 
 
 def _scalar(scalar: ScalarArgument) -> Field:

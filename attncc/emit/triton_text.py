@@ -47,10 +47,10 @@ def header(plan: KernelPlan) -> str:
             what = f"attention forward, {plan.dtype.value}, D = {plan.head_dim_qk}, E = {plan.head_dim_v}"
         case BackwardPlan():
             what = f"attention backward, {plan.dtype.value}, D = {plan.head_dim_qk}, E = {plan.head_dim_v}"
-        case RowsPlan(upstream=True):
-            what = f"gradient through the rows of {plan.row}, {plan.dtype.value}, width {plan.width}"
-        case RowsPlan():
+        case RowsPlan(upstream=None):
             what = f"transform of the rows of {plan.row}, {plan.dtype.value}, width {plan.width}"
+        case RowsPlan():
+            what = f"gradient through the rows of {plan.row}, {plan.dtype.value}, width {plan.width}"
         case TilesPlan():
             what = "tables of tiles"
     return docstring(plan.name, what, plan.target, plan.spec)

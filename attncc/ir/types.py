@@ -36,6 +36,11 @@ class DType(Enum):
         sizes = {"bool": 1, "i32": 4, "i64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8}
         return sizes[self.value]
 
+    @property
+    def accumulator(self) -> DType:
+        """The type of sums of floats of this type."""
+        return DType.F64 if self is DType.F64 else DType.F32
+
 
 FLOATS = (DType.F16, DType.BF16, DType.F32, DType.F64)
 INTS = (DType.I32, DType.I64)

@@ -29,6 +29,7 @@ from attncc.plan.nodes import (
     BackwardProgram,
     RowAdjoint,
     RowsPlan,
+    RowTypes,
     Specialization,
     Target,
     Tile,
@@ -56,14 +57,15 @@ def plan_backward(
     """The kernels of a backward pass. wanted: the captured tensors whose gradients are asked for, beside q, k and v."""
     operands = plan_operands(attention, specialization, target)
     attention, rows = operands.spec, operands.rows
-    backward = _plan_pairs(attention, specialization, target, wanted)
+    stored = _stored_gradients(specialization.dtype, rows)
+    backward = _plan_pairs(attention, specialization, target, wanted, stored)
     sink = attention.normalizer.sink if isinstance(attention.normalizer, Softmax) else None
     return BackwardProgram(
         rows=rows,
         tiles=plan_tiles(backward) if backward.blocks.summaries or backward.blocks.strategy == "list" else None,
         key_tiles=_plan_key_tiles(backward),
         backward=backward,
-        transposed=tuple(_plan_transposed(forward) for forward in rows),
+        transposed=tuple(_plan_transposed(forward, shared_by_heads=operands.heads == "H") for forward in rows),
         row_adjoints=tuple(adjoint for forward in rows for adjoint in _row_adjoints(forward, wanted)),
         sink=sink if backward.writes_delta else None,
         specialization=specialization,
@@ -79,21 +81,36 @@ def _transform(forward: RowsPlan) -> Expr:
     return within_width(forward.width, getattr(forward.spec, forward.row))
 
 
-def _plan_transposed(forward: RowsPlan) -> RowsPlan:
-    """From the gradient of the transformed rows to that of the rows."""
+def _stored_gradients(dtype: DType, rows: tuple[RowsPlan, ...]) -> RowTypes:
+    """The types of the gradients of the transformed rows."""
+    transformed = {forward.row for forward in rows}
+    q, k, v = (dtype.accumulator if row in transformed else dtype for row in ("q", "k", "v"))
+    return RowTypes(q, k, v)
+
+
+def _plan_transposed(forward: RowsPlan, *, shared_by_heads: bool) -> RowsPlan:
+    """From the gradient of the transformed rows to that of the rows; shared_by_heads: of k and v, to what each of the
+    query heads gives that share them, which is added up afterwards."""
     gradient = transposed_row(_transform(forward), forward.row, forward.width)
-    return plan_rows_of(forward, gradient, f"{forward.spec.name}_d{forward.row}_rows", forward.dtype)
+    added_up = shared_by_heads and forward.row != "q"
+    return plan_rows_of(
+        forward,
+        gradient,
+        f"{forward.spec.name}_d{forward.row}_rows",
+        upstream=forward.dtype.accumulator,
+        stored=forward.dtype.accumulator if added_up else forward.dtype,
+    )
 
 
 def _row_adjoints(forward: RowsPlan, wanted: AbstractSet[str]) -> list[RowAdjoint]:
     transform = _transform(forward)
-    stored = DType.F64 if forward.dtype is DType.F64 else DType.F32
+    sums = forward.dtype.accumulator
     found: list[RowAdjoint] = []
     parts = learned_elements(transform, wanted)
     gradients = part_gradients(transform, parts, forward.row, forward.width)
     for number, (part, gradient) in enumerate(zip(parts, gradients, strict=True)):
         name = f"{forward.spec.name}_{forward.row}_part_{number}"
-        found.append(RowAdjoint(part, plan_rows_of(forward, gradient, name, stored)))
+        found.append(RowAdjoint(part, plan_rows_of(forward, gradient, name, upstream=sums, stored=sums)))
     return found
 
 
@@ -101,7 +118,7 @@ def _row_adjoints(forward: RowsPlan, wanted: AbstractSet[str]) -> list[RowAdjoin
 
 
 def _plan_pairs(
-    attention: Attention, specialization: Specialization, target: Target, wanted: AbstractSet[str]
+    attention: Attention, specialization: Specialization, target: Target, wanted: AbstractSet[str], stored: RowTypes
 ) -> BackwardPlan:
     stager = Stager(PAIR_LEVELS, PAIR_SUFFIXES, pair_level, reserved(attention))
     normalizer, weight, sink = normalizer_parts(attention)
@@ -153,6 +170,7 @@ def _plan_pairs(
         mask=mask,
         normalizer=normalizer,
         dropout=dropout,
+        stored=stored,
         writes_delta=sink is not None and bool(learned_parts(sink, wanted)),
         blocks=blocks,
         tile=tile,

@@ -110,8 +110,8 @@ class RowsPlan:
     """Writes the transformed rows of q, k or v to a contiguous (B, heads, rows, width) workspace.
 
     `element` is the value of output element d. upstream: the kernel also reads the rows `d{row}` of the gradient of the
-    transformed rows, contiguous and of the same shape as the output, and what it writes is a gradient. stored: the type
-    of what it writes. Hoisted: `call`; `position` (varies with the row's position only, one
+    transformed rows, of this type, contiguous and of the same shape as the output, and what it writes is a gradient.
+    stored: the type of what it writes. Hoisted: `call`; `position` (varies with the row's position only, one
     value per position: shared by all b and h); `position_element` (position and d: shared by all b and h); `row` (b,
     h and position; reductions over the row live here). `heads` is "H" or "HKV".
     """
@@ -132,7 +132,7 @@ class RowsPlan:
     row_values: tuple[Binding, ...]
     element: Staged
     stored: DType
-    upstream: bool = False
+    upstream: DType | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +223,15 @@ class Adjoint:
 
 
 @dataclass(frozen=True, slots=True)
+class RowTypes:
+    """Element types of rows of q, k and v, or of their gradients."""
+
+    q: DType
+    k: DType
+    v: DType
+
+
+@dataclass(frozen=True, slots=True)
 class BackwardPlan:
     """Gradients of streaming attention, recomputing the weights from the forward pass's row totals.
 
@@ -240,6 +249,8 @@ class BackwardPlan:
     fold_scale   as in a `ForwardPlan`: f is Hole("dot") and stands for scale * dot; the kernel multiplies by `scale`
                  within the exponential
     dot_factor   a head-level or outer value, applied once per element of dq and dk
+    stored       the types of dq, dk and dv: that of q, k and v, or of the sums that they are where a kernel reads them
+                 that takes them through a transform, so that they are rounded once
     writes_delta the launcher wants delta (B, H, M): a sink has a gradient
     key_blocks   Triton: which queries a tile of keys sees (`attncc.passes.transpose`), and
     key_tile     its tiles, for the kernel of dk and dv; `blocks` and `tile` are for that of dq. Both structures list
@@ -267,6 +278,7 @@ class BackwardPlan:
     mask: Staged | None
     normalizer: Literal["softmax", "sum", "none"]
     dropout: Staged | None
+    stored: RowTypes
     writes_delta: bool
     blocks: BlockStructure
     tile: Tile

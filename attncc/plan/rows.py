@@ -86,11 +86,11 @@ def _plan_rows(
         width=width,
         heads="H" if row == "q" or per_query_head else "HKV",
         tensors=specialization.tensors,
-        upstream=False,
+        upstream=None,
     )
 
 
-def plan_rows_of(forward: RowsPlan, gradient: Expr, name: str, stored: DType) -> RowsPlan:
+def plan_rows_of(forward: RowsPlan, gradient: Expr, name: str, *, upstream: DType, stored: DType) -> RowsPlan:
     """Writes something else of the same rows: a gradient, which reads that of their transform too."""
     return _plan_elements(
         forward.spec,
@@ -103,7 +103,7 @@ def plan_rows_of(forward: RowsPlan, gradient: Expr, name: str, stored: DType) ->
         width=forward.width,
         heads=forward.heads,
         tensors=tuple((tensor.name, tensor.dtype) for tensor in forward.tensors),
-        upstream=True,
+        upstream=upstream,
     )
 
 
@@ -119,7 +119,7 @@ def _plan_elements(
     width: int,
     heads: Literal["H", "HKV"],
     tensors: tuple[tuple[str, DType], ...],
-    upstream: bool,
+    upstream: DType | None,
 ) -> RowsPlan:
     stager = Stager(_ROW_LEVELS, _ROW_SUFFIXES, _row_level, reserved(attention))
     element = stager.staged(value)

@@ -12,7 +12,7 @@ from attncc.emit.cpp_machine import CLASSIFIED_KEYS
 from attncc.ir.blocks import BlockStructure
 from attncc.passes.variance import variance
 from attncc.plan.nodes import GROUP_SIZE, Adjoint, BackwardProgram, RowsPlan, TilesPlan
-from attncc.runtime.arguments import Bound, Sizes
+from attncc.runtime.arguments import TORCH_DTYPES, Bound, Sizes
 from attncc.runtime.backward import Gradients
 from attncc.runtime.cpp import CppKernel, compile_kernel
 from attncc.runtime.programs import contiguous
@@ -53,9 +53,9 @@ class CppBackward:
         sizes = call.inner
         exact = torch.float64 if q.dtype is torch.float64 else torch.float32
         gradients = {
-            "q": torch.empty((sizes.B, sizes.H, sizes.M, sizes.D), dtype=q.dtype),
-            "k": torch.empty((sizes.B, sizes.HKV, sizes.N, sizes.D), dtype=q.dtype),
-            "v": torch.empty((sizes.B, sizes.HKV, sizes.N, sizes.E), dtype=q.dtype),
+            "q": torch.empty((sizes.B, sizes.H, sizes.M, sizes.D), dtype=TORCH_DTYPES[plan.stored.q]),
+            "k": torch.empty((sizes.B, sizes.HKV, sizes.N, sizes.D), dtype=TORCH_DTYPES[plan.stored.k]),
+            "v": torch.empty((sizes.B, sizes.HKV, sizes.N, sizes.E), dtype=TORCH_DTYPES[plan.stored.v]),
         }
         values = call.values(inner=True) | tables
         for name, tensor in {"o": o, "d_o": do}.items():
@@ -83,7 +83,7 @@ class CppBackward:
         if program.operand_heads == "H":
             for row in ("k", "v"):
                 groups = gradients[row].unflatten(1, (bound.sizes.HKV, bound.sizes.H // max(bound.sizes.HKV, 1)))
-                gradients[row] = groups.sum(2, dtype=exact).to(q.dtype)
+                gradients[row] = groups.sum(2).to(q.dtype)
         return Gradients(gradients["q"], gradients["k"], gradients["v"], adjoints, row_adjoints, delta)
 
     def _launch(self, call: _Call, name: str, own: Values) -> None:
@@ -98,10 +98,7 @@ class CppBackward:
     def _rows(self, call: _Call, plan: RowsPlan, x: Tensor, gradient: Tensor | None) -> Tensor:
         """What a rows kernel writes from the rows `x`, and from `gradient` where it reads one."""
         heads = call.sizes.H if plan.heads == "H" else call.sizes.HKV
-        dtype = torch.float64 if plan.stored.value == "f64" else torch.float32
-        y = torch.empty(
-            (call.sizes.B, heads, x.shape[2], plan.width), dtype=x.dtype if plan.stored is plan.dtype else dtype
-        )
+        y = torch.empty((call.sizes.B, heads, x.shape[2], plan.width), dtype=TORCH_DTYPES[plan.stored])
         values = call.values(inner=False) | _operand("x", x) | {"y": y.data_ptr()}
         if gradient is not None:
             values["g"] = gradient.data_ptr()

@@ -111,7 +111,7 @@ class TritonBackward:
             gradients[kernel.plan.row] = _launch_rows(kernel, given, bound, upstream[kernel.plan.row])
         if program.operand_heads == "H":
             group = (sizes.B, sizes.HKV, sizes.H // max(sizes.HKV, 1))
-            gradients |= {x: gradients[x].unflatten(1, group[1:]).sum(2) for x in ("k", "v")}
+            gradients |= {x: gradients[x].unflatten(1, group[1:]).sum(2).to(q.dtype) for x in ("k", "v")}
         return Gradients(
             gradients["q"],
             gradients["k"],
@@ -153,7 +153,10 @@ class BackwardKernels:
     def dkdv(self, pairs: Pairs, tables: Tables) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """dk and dv of the transformed rows, and the adjoints along columns by their number."""
         sizes = pairs.sizes
-        dk, dv = (_empty(pairs.q, sizes.B, sizes.HKV, sizes.N, width) for width in (sizes.D, sizes.E))
+        dk, dv = (
+            _empty(pairs.q, sizes.B, sizes.HKV, sizes.N, width, dtype=TORCH_DTYPES[dtype])
+            for width, dtype in ((sizes.D, self.plan.stored.k), (sizes.E, self.plan.stored.v))
+        )
         sums = {
             number: _empty(pairs.q, sizes.B, sizes.H, sizes.N, dtype=pairs.wide) for number, _ in self._adjoints("dkdv")
         }
@@ -164,7 +167,7 @@ class BackwardKernels:
     def dq(self, pairs: Pairs, tables: Tables) -> tuple[Tensor, dict[int, Tensor]]:
         """dq of the transformed rows, and the adjoints of heads, rows and pairs by their number."""
         sizes = pairs.sizes
-        dq = _empty(pairs.q, sizes.B, sizes.H, sizes.M, sizes.D)
+        dq = _empty(pairs.q, sizes.B, sizes.H, sizes.M, sizes.D, dtype=TORCH_DTYPES[self.plan.stored.q])
         sums: dict[int, Tensor] = {}
         for number, _ in self._adjoints("dq"):
             if number in self._gathered:

@@ -169,8 +169,8 @@ def _forward_fields(plan: ForwardPlan) -> Iterator[Field]:
 def _rows_fields(plan: RowsPlan) -> Iterator[Field]:
     pointer = f"*{TYPES[plan.dtype]}"
     yield Field("x", pointer, Role.OPERAND)
-    if plan.upstream:
-        yield Field("upstream", pointer, Role.OPERAND)
+    if plan.upstream is not None:
+        yield Field("upstream", f"*{TYPES[plan.upstream]}", Role.OPERAND)
     yield Field("out", f"*{TYPES[plan.stored]}", Role.OPERAND)
     yield Field("stride_xb", "i64", Role.OUTER_STRIDE)
     yield Field("stride_xh", "i64", Role.OUTER_STRIDE)
@@ -188,9 +188,12 @@ def _backward_functions(plan: BackwardPlan) -> Iterator[Function]:
         yield from (Function(f"{plan.name}_delta", fields, (("DTOTAL", given),)) for given in (False, True))
     masked = plan.mask is not None
     visits: list[Constants] = [(("STRANGE", False),), (("STRANGE", True),)] if masked else [()]
-    for name, written, tile in (("dkdv", ("dk", "dv"), plan.key_tile), ("dq", ("dq",), plan.tile)):
-        outputs = [Field(output, _pointer(plan), Role.OPERAND) for output in written]
-        outputs += [Field("strange_programs", "*i32")] if masked else []
+    dq, dk, dv = (
+        Field(name, f"*{TYPES[dtype]}", Role.OPERAND)
+        for name, dtype in (("dq", plan.stored.q), ("dk", plan.stored.k), ("dv", plan.stored.v))
+    )
+    for name, written, tile in (("dkdv", (dk, dv), plan.key_tile), ("dq", (dq,), plan.tile)):
+        outputs = [*written, *([Field("strange_programs", "*i32")] if masked else [])]
         tables = _summaries(plan)
         lists = _lists() if name == "dq" and plan.blocks.strategy == "list" else ()
         fields = (*_backward_fields(plan, ADJOINTS_OF[name], outputs), *tables, *lists)
