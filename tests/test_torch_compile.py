@@ -157,6 +157,17 @@ def test_dropout() -> None:
             assert torch.equal(x, y)
 
 
+def test_a_seed_is_drawn_anew_in_every_run() -> None:
+    attn = attncc.build("attention dropping():\n    mask = causal\n")
+    compiled = torch.compile(lambda *x: attn(*x, dropout_p=0.5), fullgraph=True, backend="aot_eager")
+    q, k, v = operands()
+    torch.manual_seed(0)
+    found = [compiled(q, k, v) for _ in range(3)]
+    torch.manual_seed(0)
+    assert all(torch.equal(x, attn(q, k, v, dropout_p=0.5)) for x in found)
+    assert not torch.equal(found[0], found[1])
+
+
 def test_gradients_within() -> None:
     q, k, v = operands()
     gradient = torch.func.grad(lambda q: CAUSAL(q, k, v).square().sum())
