@@ -47,8 +47,7 @@ def build(
     each call. templates: a folder or several, searched for templates before the project's own. constants: a value
     for each `const` parameter that has no default, or another one.
 
-    Raises SpecError for a mistake in the specification, BuildError where no kernel can be made of it here. A recurrence
-    has no kernels in this version: calling it raises BuildError, its `reference` computes it.
+    Raises SpecError for a mistake in the specification, BuildError where no kernel can be made of it here.
     """
     from attncc.runtime.call import CompiledAttention
     from attncc.runtime.recurrent import RecurrentAttention
@@ -62,7 +61,7 @@ def build(
     if target is not None:
         known_target(target, folders)
     if isinstance(attention, Recurrence):
-        return RecurrentAttention(attention, source.text)
+        return RecurrentAttention(attention, source.text, target, folders)
     register_operators()
     named = folders[: len(folders) - len(template_folders(()))]
     recipe = _recipe(source, name, target, named, constants)

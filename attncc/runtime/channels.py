@@ -87,7 +87,12 @@ class Channels:
         indices[over] = torch.arange(size, device=device)[:, None]
         indices[other] = torch.arange(self.width, device=device)
         rows = {name: x[..., None] for name, x in self.env.rows.items()}
-        loads = [node for node in dict.fromkeys(walk(expr)) if isinstance(node, Load) and _is_direct(node)]
+        extents = {over: size, other: self.width}
+        loads = [
+            node
+            for node in dict.fromkeys(walk(expr))
+            if isinstance(node, Load) and _is_direct(node) and self._fits(node, extents)
+        ]
         places = {**_PLACES, over: 3, other: 4}
         given = {f"view {number}": self._view(load, places) for number, load in enumerate(loads)}
         names: dict[Expr, Expr] = {load: Parameter(n, load.kind) for load, n in zip(loads, given, strict=True)}
@@ -101,14 +106,14 @@ class Channels:
             if isinstance(node, Element) and isinstance(node.index, Index) and not node.upstream:
                 if self.env.rows[node.row].shape[-1] == self.width:
                     yield node, self.env.rows[node.row]
-            elif isinstance(node, Load) and _is_direct(node) and self._fits(node):
+            elif isinstance(node, Load) and _is_direct(node) and self._fits(node, {"d": self.width, "e": self.width}):
                 yield node, self._view(node, _PLACES)
 
-    def _fits(self, load: Load) -> bool:
-        """Whether each axis is as long as its coordinate: a longer one is read in part."""
+    def _fits(self, load: Load, channels: Mapping[str, int]) -> bool:
+        """Whether each axis is as long as its coordinate: no part of it is read, nor more than there is."""
         tensor = self.env.inputs[load.tensor]
         assert isinstance(tensor, Tensor)
-        sizes = {name: index.numel() for name, index in self.env.indices.items()} | {"d": self.width, "e": self.width}
+        sizes = {name: index.numel() for name, index in self.env.indices.items()} | dict(channels)
         return all(
             isinstance(index, Constant) or size == (sizes[index.name] if isinstance(index, Index) else 0)
             for index, size in zip(load.indices, tensor.shape, strict=True)

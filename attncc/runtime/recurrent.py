@@ -1,42 +1,93 @@
-"""A recurrence that was built: its reference, its normal form, and what a call says until there are kernels."""
+"""A compiled recurrence: checks a call, picks its kernels, runs them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Never
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attncc import recurrent_reference
-from attncc.diagnostics import BuildError, CallError, Diagnostic
+from attncc.diagnostics import CallError
 from attncc.explain_recurrence import explain_recurrence
 from attncc.ir.recurrence import Recurrence
+from attncc.passes.normal_form import Sequential, normal_form
+from attncc.passes.updates import update_form
 from attncc.reference import OutOfRange
 from attncc.runtime import refusals
-from attncc.runtime.arguments import MAX_LENGTH, OPERAND_DTYPES, Signature, Sizes, python_number
-from attncc.runtime.errors import EmptyWidth, TooLong, WrongSize
-from attncc.runtime.recurrent_errors import NoRecurrentKernel, RecurrentHeads
-
-_OPERAND_SHAPES = {"q": "(B, heads, N, D)", "k": "(B, heads, N, D)", "v": "(B, heads, N, E)"}
-_STATE_SHAPE = "(B, H, D, E)"
+from attncc.runtime.arguments import Signature
+from attncc.runtime.recurrent_arguments import BoundRecurrence, bind_recurrence
+from attncc.runtime.recurrent_errors import WrongState
+from attncc.runtime.recurrent_kernels import RecurrentKernels
+from attncc.runtime.sequential import SequentialKernels
+from attncc.runtime.tracing import cast_by_autocast
 
 
 class RecurrentAttention:
-    """An attention given as a recurrence. Made by `attncc.build`; `attention` is its IR, `text` its specification."""
+    """An attention given as a recurrence. Made by `attncc.build`.
 
-    def __init__(self, attention: Recurrence, text: str) -> None:
+    attention: its IR. text: its specification. templates: folders of templates that come before the project's own.
+    Kernels are compiled at the first call of each element type and widths; lengths, batch, heads and run-time scalars
+    never compile anything.
+    """
+
+    def __init__(self, attention: Recurrence, text: str, target: str | None, templates: Sequence[Path]) -> None:
         self.attention = attention
         self.text = text
+        self.target = target
+        self.templates = tuple(templates)
         self._signature = Signature(attention)
 
     def __repr__(self) -> str:
         inputs = "".join(f", {p.name}" for p in self.attention.parameters)
         return f"<RecurrentAttention {self.attention.name}(q, k, v{', *' if inputs else ''}{inputs})>"
 
-    def __call__(self, /, *_arguments: Any, **_inputs: Any) -> Never:
-        """Raises BuildError: this version has no kernels of recurrences."""
-        raise BuildError(NoRecurrentKernel(None, self.attention.name))
+    def __call__(
+        self,
+        /,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *extra: Any,
+        initial_state: Tensor | None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        q_offset: int = 0,
+        **inputs: Any,
+    ) -> Any:
+        """o (B, H, N, E), in their dtype, of q, k (B, heads, N, D) and v (B, heads, N, E). Differentiable.
+
+        H is the greatest of the three numbers of heads; head h reads head h // (H // heads) of those that have fewer.
+        initial_state: (B, H, D, E), where D is the width of the transformed keys, and with one more column where
+        outputs are divided by a sum; 0 if not given. return_state: also the state after the last token, in f32 (f64
+        beside f64). cu_seqlens: where each sequence begins that is packed along N, and the end of the last, a 1-D int
+        tensor; B is 1 then, and states are (sequences, H, D, E). q_offset: the position of the first token, where row
+        transforms read positions. inputs: the tensors and run-time scalars of the specification.
+
+        Raises CallError for arguments that do not fit, BuildError where no kernel can be made of it here.
+        """
+        q, k, v = cast_by_autocast(q, k, v)
+        bound = self._bound(q, k, v, extra, initial_state, cu_seqlens, q_offset, inputs)
+        o, state = self.kernels.run(q, k, v, bound)
+        return (o, state) if return_state else o
+
+    def step(
+        self, /, q: Tensor, k: Tensor, v: Tensor, *extra: Any, state: Tensor, q_offset: int = 0, **inputs: Any
+    ) -> Tensor:
+        """o (B, H, N, E) of the next token (N = 1), or the next few; `state` (B, H, D, E) becomes what they leave.
+
+        Arguments as at a call; q_offset is the number of tokens before these. Nothing of it is differentiable. Raises
+        CallError for arguments that do not fit, and for a state that cannot be written to.
+        """
+        q, k, v = cast_by_autocast(q, k, v)
+        bound = self._bound(q, k, v, extra, state, None, q_offset, inputs)
+        reason = _not_in_place(self.attention, state, q)
+        if reason:
+            raise CallError(WrongState(None, reason))
+        return self.kernels.step(q, k, v, bound, state)
 
     def reference(
         self,
@@ -47,109 +98,61 @@ class RecurrentAttention:
         *extra: Any,
         initial_state: Tensor | None = None,
         return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
         q_offset: int = 0,
         **inputs: Any,
     ) -> Any:
-        """The statements in float64, token by token: o (B, H, N, E), of q, k (B, heads, N, D) and v (B, heads, N, E).
-
-        H is the greatest of the three numbers of heads. initial_state: (B, H, D, E); 0 if not given. return_state: also
-        the state after the last token. q_offset: the position of the first token, where row transforms read positions.
-        inputs: the tensors and run-time scalars of the specification.
+        """The statements in float64, token by token: the oracle. Arguments and results as for a call.
 
         Raises CallError for arguments that do not fit, and where a token reads outside a captured tensor.
         """
-        if extra:
-            raise refusals.by_position(self._signature, extra, inputs)
-        captured = self._bound({"q": q, "k": k, "v": v}, initial_state, q_offset, inputs)
+        bound = self._bound(q, k, v, extra, initial_state, cu_seqlens, q_offset, inputs)
+        offsets = None if bound.offsets is None else bound.offsets.tolist()
         try:
-            o, state = recurrent_reference.evaluate(self.attention, q, k, v, captured, initial_state, int(q_offset))
+            o, state = recurrent_reference.evaluate(
+                self.attention, q, k, v, bound.inputs, bound.initial_state, bound.q_offset, offsets
+            )
         except OutOfRange as error:
             raise CallError(refusals.reads_outside(error)) from error
         return (o, state) if return_state else o
 
     def explain(self) -> str:
-        """The statements as they were understood, and the normal form that they were brought to."""
+        """The statements as they were understood, the normal form that they were brought to, and the kernel."""
         return explain_recurrence(self.text, self.attention)
 
+    @functools.cached_property
+    def kernels(self) -> RecurrentKernels | SequentialKernels:
+        """What calls run on: chunks of tokens where there is a normal form, else token by token."""
+        form = normal_form(self.attention)
+        if isinstance(form, Sequential):
+            return SequentialKernels(self.attention, self.target, self.templates)
+        return RecurrentKernels(self.attention, update_form(form), self.target, self.templates)
+
     def _bound(
-        self, operands: Mapping[str, Any], initial_state: Any, q_offset: Any, inputs: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """The inputs by name. Raises CallError with every reason why the arguments do not fit."""
-        signature = self._signature
-        reasons = list(_reasons(signature, operands, initial_state, q_offset, inputs))
-        if reasons:
-            raise CallError(*reasons)
-        device, sizes = operands["q"].device, _sizes(operands)
-        tensors = {p.name: signature.tensor(p, inputs[p.name], sizes, device) for p in signature.tensors}
-        scalars = {p.name: signature.scalar(p, inputs.get(p.name, p.default)) for p in signature.scalars}
-        return {**tensors, **scalars}
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        extra: Sequence[Any],
+        initial_state: Any,
+        cu_seqlens: Any,
+        q_offset: Any,
+        inputs: dict[str, Any],
+    ) -> BoundRecurrence:
+        if extra:
+            raise refusals.by_position(self._signature, extra, inputs)
+        return bind_recurrence(self._signature, {"q": q, "k": k, "v": v}, initial_state, cu_seqlens, q_offset, inputs)
 
 
-def _sizes(operands: Mapping[str, Tensor]) -> Sizes:
-    q, k, v = (operands[name] for name in "qkv")
-    heads, tokens = max(x.shape[1] for x in (q, k, v)), q.shape[2]
-    return Sizes(q.shape[0], heads, k.shape[1], tokens, tokens, q.shape[3], v.shape[3])
-
-
-def _reasons(
-    signature: Signature, operands: Mapping[str, Any], initial_state: Any, q_offset: Any, inputs: Mapping[str, Any]
-) -> Iterator[Diagnostic]:
-    tensors = {name: value for name, value in operands.items() if isinstance(value, Tensor)}
-    sound = {name: value for name, value in tensors.items() if refusals.is_dense(value) and value.dim() == 4}
-    shapes = list(_shape_reasons(sound))
-    sizes = _sizes(sound) if len(sound) == len(operands) and not shapes else None
-    yield from refusals.kind_reasons(operands, _OPERAND_SHAPES)
-    yield from shapes
-    yield from refusals.type_reasons(tensors)
-    yield from refusals.keyword_reasons(signature, inputs)
-    yield from refusals.scalar_reasons(signature, inputs)
-    device = tensors["q"].device if "q" in tensors else None
-    yield from refusals.captured_reasons(signature, sizes, inputs, device)
-    yield from _offset_reasons(q_offset)
-    if initial_state is not None:
-        yield from _state_reasons(initial_state, sizes, device)
-
-
-def _shape_reasons(sound: Mapping[str, Tensor]) -> Iterator[Diagnostic]:
-    for name, value in sound.items():
-        if value.shape[3] == 0:
-            yield EmptyWidth(None, name)
-        if value.shape[2] > MAX_LENGTH:
-            yield TooLong(None, name, value.shape[2], MAX_LENGTH)
-    for name, axis, meaning in (("k", 0, "B"), ("v", 0, "B"), ("k", 2, "N"), ("v", 2, "N"), ("k", 3, "D")):
-        if name in sound and "q" in sound and sound[name].shape[axis] != sound["q"].shape[axis]:
-            found, expected = sound[name].shape[axis], sound["q"].shape[axis]
-            shape = str(tuple(sound[name].shape))
-            yield WrongSize(None, name, axis, found, expected, meaning, shape, ", as q does")
-    heads = max((value.shape[1] for value in sound.values()), default=0)
-    for name, value in sound.items():
-        found = value.shape[1]
-        if heads % found if found else heads:
-            yield RecurrentHeads(None, name, found, heads)
-
-
-def _state_reasons(state: Any, sizes: Sizes | None, device: torch.device | None) -> Iterator[Diagnostic]:
-    name = "initial_state"
-    kinds = list(refusals.kind_reasons({name: state}, {name: _STATE_SHAPE}))
-    yield from kinds
-    if kinds:
-        return
-    if state.dtype not in OPERAND_DTYPES:
-        yield refusals.WrongDType(None, name, refusals.short(state.dtype), "one of the floats", "torch.float32")
-    if device is not None and state.device != device:
-        yield refusals.WrongDevice(None, name, str(state.device), str(device), "q")
-    if sizes is None:
-        return
-    wanted = (sizes.B, sizes.H, sizes.D, sizes.E)
-    for axis, (found, expected, meaning) in enumerate(zip(state.shape, wanted, "BHDE", strict=True)):
-        if found != expected:
-            yield WrongSize(None, name, axis, found, expected, meaning, str(tuple(state.shape)))
-
-
-def _offset_reasons(q_offset: Any) -> Iterator[Diagnostic]:
-    try:
-        number = python_number(q_offset)
-    except (TypeError, ValueError, RuntimeError):
-        number = None
-    if type(number) is not int or not -MAX_LENGTH <= number <= MAX_LENGTH:
-        yield from refusals.q_offset_reasons(q_offset if q_offset is not None else "None", None)
+def _not_in_place(recurrence: Recurrence, state: Tensor, q: Tensor) -> str:
+    """Why kernels cannot write to `state`; empty where they can."""
+    wanted = torch.promote_types(q.dtype, torch.float32)
+    if recurrence.bidirectional:
+        return "every query reads what all tokens have left, so there is no next token"
+    if state.dtype is not wanted:
+        return f"its type is {refusals.short(state.dtype)}, and that of the kernel's states {refusals.short(wanted)}"
+    if not state.is_contiguous():
+        return "it is not contiguous"
+    if state.requires_grad:
+        return "autograd follows it; pass state.detach()"
+    return ""

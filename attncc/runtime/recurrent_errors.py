@@ -10,14 +10,14 @@ from attncc.diagnostics import Diagnostic
 @dataclass(frozen=True, slots=True)
 class NoRecurrentKernel(Diagnostic):
     code = "A0547"
-    title = "this version has no kernel for the recurrence `{name}`"
-    help = "attn.reference(q, k, v, …) computes it in float64, token by token; `attncc explain` prints its normal form"
+    title = "this command works on pairs of queries and keys, and `{name}` is a recurrence"
+    help = "attncc.build(…) from Python runs it; `attncc emit --stage ir` and attn.explain() print what was derived"
     explanation = (
-        "A recurrence is read, checked and brought to its normal form, and its float64 reference runs, forward and "
-        "backward. The chunked kernel and the one-token step come with a later version."
+        "Recurrences are compiled to kernels of their own, which some commands do not know in this version: they work "
+        "on scores of pairs, of which a recurrence has none."
     )
-    bad = 'attncc.build("examples/recurrent/retnet.attn")(q, k, v, gamma=gamma)'
-    good = 'attncc.build("examples/recurrent/retnet.attn").reference(q, k, v, gamma=gamma)'
+    bad = "attncc verify examples/recurrent/retnet.attn"
+    good = 'attncc.build("examples/recurrent/retnet.attn")(q, k, v, gamma=gamma)'
 
     name: str
 
@@ -37,3 +37,47 @@ class RecurrentHeads(Diagnostic):
     name: str
     found: int
     heads: int
+
+
+@dataclass(frozen=True, slots=True)
+class WrongOffsets(Diagnostic):
+    code = "A0621"
+    title = "`cu_seqlens` does not say where packed sequences lie: {why}"
+    help = (
+        "pass a 1-D int tensor that begins with 0, ascends, and ends with the number of tokens: one more than sequences"
+    )
+    explanation = (
+        "Sequences of different lengths are packed one after the other along N. `cu_seqlens` has the place where each "
+        "of them begins and, last, where the last one ends; each starts from a state of its own."
+    )
+    bad = "attn(q, k, v, cu_seqlens=torch.tensor([5, 11, 16]))"
+    good = "attn(q, k, v, cu_seqlens=torch.tensor([0, 5, 16]))"
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch(Diagnostic):
+    code = "A0622"
+    title = "`cu_seqlens` packs sequences of a batch of {batch}"
+    help = "pack everything into a batch of 1: q.transpose(0, 1).reshape(1, heads, batch * N, D), and so on"
+    explanation = "Packed sequences take the place of a batch, whose rows would all have to be packed alike."
+    bad = "attn(torch.randn(2, 4, 16, 64), k, v, cu_seqlens=torch.tensor([0, 5, 16]))"
+    good = "attn(torch.randn(1, 4, 32, 64), k, v, cu_seqlens=torch.tensor([0, 5, 16, 21, 32]))"
+
+    batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class WrongState(Diagnostic):
+    code = "A0623"
+    title = "`state` cannot be updated in place: {why}"
+    help = "pass what return_state=True has returned, or torch.zeros(B, H, D, E)"
+    explanation = (
+        "attn.step writes the state after its tokens to the memory of the one before. That memory must be contiguous, "
+        "of the type that kernels keep states in (f32, f64 beside f64), and autograd must not need what it held."
+    )
+    bad = "attn.step(q, k, v, state=torch.zeros(1, 8, 64, 64, dtype=torch.bfloat16))"
+    good = "attn.step(q, k, v, state=torch.zeros(1, 8, 64, 64))"
+
+    why: str

@@ -1,0 +1,168 @@
+"""The arguments of a call of a recurrence: bound where they fit, else every reason why they do not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attncc.diagnostics import CallError, Diagnostic
+from attncc.ir.recurrence import Recurrence
+from attncc.runtime import refusals
+from attncc.runtime.arguments import MAX_LENGTH, OPERAND_DTYPES, Signature, Sizes, python_number, size_function
+from attncc.runtime.errors import EmptyWidth, TooLong, WrongSize
+from attncc.runtime.recurrent_errors import PackedBatch, RecurrentHeads, WrongOffsets
+
+_OPERAND_SHAPES = {"q": "(B, heads, N, D)", "k": "(B, heads, N, D)", "v": "(B, heads, N, E)"}
+
+
+class BoundRecurrence(NamedTuple):
+    """Arguments that fit. tensors and scalars: the inputs of the specification by name. offsets: where each packed
+    sequence begins, and the end of the last, int64 on the device of q; None where nothing is packed."""
+
+    sizes: Sizes
+    q_offset: int
+    tensors: dict[str, Tensor]
+    scalars: dict[str, bool | int | float]
+    initial_state: Tensor | None
+    offsets: Tensor | None
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Tensors and scalars together."""
+        return {**self.tensors, **self.scalars}
+
+
+def bind_recurrence(
+    signature: Signature,
+    operands: Mapping[str, Any],
+    initial_state: Any,
+    cu_seqlens: Any,
+    q_offset: Any,
+    inputs: Mapping[str, Any],
+) -> BoundRecurrence:
+    """The arguments in the form in which kernels take them. Raises CallError with every reason why they do not fit."""
+    reasons = list(_reasons(signature, operands, initial_state, cu_seqlens, q_offset, inputs))
+    if reasons:
+        raise CallError(*reasons)
+    device, sizes = operands["q"].device, sizes_of(operands)
+    return BoundRecurrence(
+        sizes,
+        int(q_offset),
+        {p.name: signature.tensor(p, inputs[p.name], sizes, device) for p in signature.tensors},
+        {p.name: signature.scalar(p, inputs.get(p.name, p.default)) for p in signature.scalars},
+        initial_state,
+        None if cu_seqlens is None else cu_seqlens.to(device=device, dtype=torch.int64),
+    )
+
+
+def sizes_of(operands: Mapping[str, Tensor]) -> Sizes:
+    """B, H (the greatest number of heads), HKV (those of k), M and N (tokens), D and E."""
+    q, k, v = (operands[name] for name in "qkv")
+    heads = max(x.shape[1] for x in (q, k, v))
+    return Sizes(q.shape[0], heads, k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+
+
+def state_shape(recurrence: Recurrence, sizes: Sizes, sequences: int) -> tuple[int, int, int, int]:
+    """The shape of a call's states, one for each sequence and head: (sequences, H, key width, E), with one more column
+    where outputs are divided by a sum."""
+    width = size_function(recurrence.key_width)(sizes)
+    return sequences, sizes.H, width, sizes.E + (recurrence.normalizer == "sum")
+
+
+def _reasons(
+    signature: Signature,
+    operands: Mapping[str, Any],
+    initial_state: Any,
+    cu_seqlens: Any,
+    q_offset: Any,
+    inputs: Mapping[str, Any],
+) -> Iterator[Diagnostic]:
+    tensors = {name: value for name, value in operands.items() if isinstance(value, Tensor)}
+    sound = {name: value for name, value in tensors.items() if refusals.is_dense(value) and value.dim() == 4}
+    assert isinstance(signature.attention, Recurrence)
+    bidirectional = signature.attention.bidirectional
+    shapes = list(_shape_reasons(sound, bidirectional))
+    sizes = sizes_of(sound) if len(sound) == len(operands) and not shapes else None
+    yield from refusals.kind_reasons(operands, _OPERAND_SHAPES)
+    yield from shapes
+    yield from refusals.type_reasons(tensors)
+    yield from refusals.keyword_reasons(signature, inputs)
+    yield from refusals.scalar_reasons(signature, inputs)
+    device = tensors["q"].device if "q" in tensors else None
+    yield from refusals.captured_reasons(signature, sizes, inputs, device)
+    yield from _offset_reasons(q_offset)
+    packed = list(_packing_reasons(cu_seqlens, sizes, bidirectional))
+    yield from packed
+    if initial_state is not None and not packed:
+        sequences = None if sizes is None else sizes.B if cu_seqlens is None else len(cu_seqlens) - 1
+        shape = None if sizes is None or sequences is None else state_shape(signature.attention, sizes, sequences)
+        yield from _state_reasons(initial_state, shape, tensors.get("q"))
+
+
+def _shape_reasons(sound: Mapping[str, Tensor], bidirectional: bool) -> Iterator[Diagnostic]:
+    for name, value in sound.items():
+        if value.shape[3] == 0:
+            yield EmptyWidth(None, name)
+        if value.shape[2] > MAX_LENGTH:
+            yield TooLong(None, name, value.shape[2], MAX_LENGTH)
+    tokens = (("v", "k", 2, "N"),) if bidirectional else (("k", "q", 2, "N"), ("v", "q", 2, "N"))
+    for name, as_of, axis, meaning in (("k", "q", 0, "B"), ("v", "q", 0, "B"), *tokens, ("k", "q", 3, "D")):
+        if name in sound and as_of in sound and sound[name].shape[axis] != sound[as_of].shape[axis]:
+            found, expected = sound[name].shape[axis], sound[as_of].shape[axis]
+            shape = str(tuple(sound[name].shape))
+            yield WrongSize(None, name, axis, found, expected, meaning, shape, f", as {as_of} does")
+    heads = max((value.shape[1] for value in sound.values()), default=0)
+    for name, value in sound.items():
+        found = value.shape[1]
+        if heads % found if found else heads:
+            yield RecurrentHeads(None, name, found, heads)
+
+
+def _state_reasons(state: Any, shape: tuple[int, ...] | None, q: Tensor | None) -> Iterator[Diagnostic]:
+    name = "initial_state"
+    kinds = list(refusals.kind_reasons({name: state}, {name: "(B, H, D, E)"}))
+    yield from kinds
+    if kinds:
+        return
+    if state.dtype not in OPERAND_DTYPES:
+        yield refusals.WrongDType(None, name, refusals.short(state.dtype), "one of the floats", "torch.float32")
+    if q is not None and state.device != q.device:
+        yield refusals.WrongDevice(None, name, str(state.device), str(q.device), "q")
+    for axis, (found, expected, meaning) in enumerate(zip(state.shape, shape or (), "BHDE", strict=False)):
+        if found != expected:
+            yield WrongSize(None, name, axis, found, expected, meaning, str(tuple(state.shape)))
+
+
+def _packing_reasons(cu_seqlens: Any, sizes: Sizes | None, bidirectional: bool) -> Iterator[Diagnostic]:
+    if cu_seqlens is None:
+        return
+    if bidirectional:
+        yield WrongOffsets(None, "every query of this recurrence reads all tokens")
+        return
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        found = refusals.short(cu_seqlens.dtype) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        yield WrongOffsets(None, f"it is {found}, not a tensor of int32 or int64")
+        return
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
+        yield WrongOffsets(None, f"its shape is {tuple(cu_seqlens.shape)}")
+        return
+    places = cu_seqlens.tolist()
+    if places[0] != 0 or any(end < start for start, end in itertools.pairwise(places)):
+        yield WrongOffsets(None, "it does not ascend from 0")
+    if sizes is not None and places[-1] != sizes.N:
+        yield WrongOffsets(None, f"it ends with {places[-1]}, and there are {sizes.N} tokens")
+    if sizes is not None and sizes.B != 1:
+        yield PackedBatch(None, sizes.B)
+
+
+def _offset_reasons(q_offset: Any) -> Iterator[Diagnostic]:
+    try:
+        number = python_number(q_offset)
+    except (TypeError, ValueError, RuntimeError):
+        number = None
+    if type(number) is not int or not -MAX_LENGTH <= number <= MAX_LENGTH:
+        yield from refusals.q_offset_reasons(q_offset if q_offset is not None else "None", None)

@@ -1,0 +1,90 @@
+"""The kernels of one recurrence: a core for each type and width that a call asks for, and how calls run on it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from attncc.ir.recurrence import Recurrence
+from attncc.passes.updates import UpdateForm
+from attncc.plan.nodes import Target
+from attncc.plan.recurrent import CorePlan, plan_core
+from attncc.runtime import cache
+from attncc.runtime.arguments import DTYPES
+from attncc.runtime.recurrent_arguments import BoundRecurrence
+from attncc.runtime.recurrent_core import CompiledCore, run_core, states_like
+from attncc.runtime.recurrent_operands import Operands, prepare
+from attncc.runtime.targets import resolve
+
+
+class RecurrentKernels:
+    """Runs a recurrence that has an update form on arguments that have been bound."""
+
+    def __init__(self, recurrence: Recurrence, form: UpdateForm, target: str | None, templates: Sequence[Path]) -> None:
+        self.recurrence = recurrence
+        self.form = form
+        self.target = target
+        self.templates = tuple(templates)
+        self.built: dict[object, tuple[CorePlan, CompiledCore]] = {}
+        self._lock = threading.Lock()
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, bound: BoundRecurrence) -> tuple[Tensor, Tensor]:
+        """o (B, H, N, E) in the type of q and the last state; differentiable."""
+        prepared = prepare(self.recurrence, self.form, q, k, v, bound.inputs, bound.q_offset)
+        operands, state = prepared.operands, self._state(bound.initial_state, q)
+        if self.recurrence.bidirectional:
+            output, last = self._bidirectional(operands, prepared.value_width, state)
+        else:
+            core = self._core(operands, prepared.value_width)
+            output, last = run_core(core, operands, prepared.value_width, state, bound.offsets)
+        return prepared.finished(output), last
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, bound: BoundRecurrence, state: Tensor) -> Tensor:
+        """o of some more tokens; `state` becomes what they leave."""
+        with torch.no_grad():
+            prepared = prepare(self.recurrence, self.form, q, k, v, bound.inputs, bound.q_offset)
+            operands, width = prepared.operands, prepared.value_width
+            output = q.new_empty((*operands.query.shape[:3], width))
+            self._core(operands, width).forward(operands, state, bound.offsets, output, state)
+            return prepared.finished(output)
+
+    def _bidirectional(self, operands: Operands, width: int, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Every query reads what all tokens have left: a sum over tokens, and two products of matrices in all."""
+        wide = torch.promote_types(operands.query.dtype, torch.float32)
+        last = torch.zeros_like(states_like(operands, width, None)) if state is None else state
+        for key, value in zip(operands.keys, operands.values, strict=True):
+            assert value is not None, "nothing erases where every query reads the same state"
+            last = last + key.to(wide).mT @ value.to(wide)
+        return (operands.query.to(wide) @ last).to(operands.query.dtype), last
+
+    @staticmethod
+    def _state(given: Tensor | None, q: Tensor) -> Tensor | None:
+        """An initial state as kernels take it."""
+        return None if given is None else given.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
+
+    def _core(self, operands: Operands, value_width: int) -> CompiledCore:
+        query = operands.query
+        key = (query.dtype, query.shape[3], value_width, query.device)
+        if key not in self.built:
+            with self._lock:
+                if key not in self.built:
+                    target = resolve(self.target, query.device, self.templates)
+                    plan = self.plan(target, query.dtype, query.shape[3], value_width)
+                    self.built[key] = plan, self._compile(plan)
+        return self.built[key][1]
+
+    def plan(self, target: Target, dtype: torch.dtype, key_width: int, value_width: int) -> CorePlan:
+        """The plan of the core; widths are those of the state."""
+        return plan_core(self.form, "recurrent", target, DTYPES[dtype], key_width, value_width)
+
+    def _compile(self, plan: CorePlan) -> CompiledCore:
+        if plan.target.backend == "cpp":
+            from attncc.runtime.cpp_recurrent import compile_core
+        else:
+            from attncc.runtime.triton_recurrent import compile_core
+        return cache.in_folder(partial(compile_core, plan, self.templates))

@@ -1,0 +1,152 @@
+"""Calls of recurrences on C++ kernels: every example by the error rule, whole, split, packed and stepped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recurrent_formulas import FORMULAS
+from torch import Tensor
+
+import attncc
+from attncc.diagnostics import CallError
+from attncc.error_rule import compare
+from attncc.recurrent_eager import token_loop
+from attncc.recurrent_inputs import recurrent_tensors
+from attncc.runtime.recurrent import RecurrentAttention
+from attncc.runtime.recurrent_kernels import RecurrentKernels
+
+EXAMPLES = Path(__file__).parent.parent / "examples" / "recurrent"
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+# Examples whose inputs are no matter of chance: a length, say.
+SCALARS: dict[str, dict[str, Any]] = {"cosformer": {"length": 128}}
+
+
+def problem(name: str, dtype: torch.dtype, tokens: int = 70, widths: tuple[int, int] = (16, 24), heads: int = 2):
+    attn = attncc.build(EXAMPLES / f"{name}.attn")
+    assert isinstance(attn, RecurrentAttention)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn((2, heads, tokens, w), generator=generator).to(dtype) for w in (widths[0], widths[0], widths[1])
+    )
+    inputs: dict[str, Any] = dict(SCALARS.get(name, {}))
+    inputs |= recurrent_tensors(attn.attention, q, k, v, inputs, generator)
+    return attn, q, k, v, inputs
+
+
+def assert_right(
+    attn: RecurrentAttention, q: Tensor, k: Tensor, v: Tensor, inputs: dict[str, Any], **arguments: Any
+) -> tuple[Tensor, Tensor]:
+    """Output and state by the error rule."""
+    o, state = attn(q, k, v, return_state=True, **arguments, **inputs)
+    exact = attn.reference(q, k, v, return_state=True, **arguments, **inputs)
+    assert isinstance(attn.kernels, RecurrentKernels)
+    offsets = arguments.pop("cu_seqlens", None)
+    offsets = None if offsets is None else offsets.tolist()
+    plain = token_loop(attn.attention, attn.kernels.form, q, k, v, inputs, offsets=offsets, **arguments)
+    for what, found, oracle, formula in zip(("o", "state"), (o, state), exact, plain, strict=True):
+        message = compare(what, found, oracle, formula)
+        assert message is None, message
+    assert o.dtype is q.dtype
+    return o, state
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, *(pytest.param(x, marks=pytest.mark.slow) for x in (F16, F64))], ids=str)
+@pytest.mark.parametrize("name", FORMULAS)
+def test_every_example(name: str, dtype: torch.dtype) -> None:
+    assert_right(*problem(name, dtype))
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_sequence_may_be_split_and_resumed(name: str) -> None:
+    attn, q, k, v, inputs = problem(name, F64)
+    if attn.attention.bidirectional:
+        pytest.skip("every query reads all tokens")
+    whole, last = attn(q, k, v, return_state=True, **inputs)
+    names = {p.name for p in attn.attention.tensors if "N" in str(p.shape)}
+    outputs: list[Tensor] = []
+    state = None
+    for tokens in (slice(0, 33), slice(33, 34), slice(34, 34), slice(34, None)):
+        part = {n: x[:, :, tokens] if n in names else x for n, x in inputs.items()}
+        rows = (x[:, :, tokens] for x in (q, k, v))
+        o, state = attn(*rows, initial_state=state, return_state=True, q_offset=tokens.start, **part)
+        outputs.append(o)
+    assert torch.allclose(torch.cat(outputs, 2), whole, rtol=1e-9, atol=1e-9)
+    assert state is not None
+    assert torch.allclose(state, last, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["retnet", "gated_deltanet", "gla", "rwkv7", "linear_attention"])
+def test_steps_update_the_state_in_place(name: str) -> None:
+    attn, q, k, v, inputs = problem(name, F64, tokens=5)
+    whole, last = attn(q, k, v, return_state=True, **inputs)
+    names = {p.name for p in attn.attention.tensors if "N" in str(p.shape)}
+    state = torch.zeros_like(last)
+    for t in range(5):
+        part = {n: x[:, :, t : t + 1] if n in names else x for n, x in inputs.items()}
+        o = attn.step(*(x[:, :, t : t + 1] for x in (q, k, v)), state=state, q_offset=t, **part)
+        assert torch.allclose(o, whole[:, :, t : t + 1], rtol=1e-9, atol=1e-9)
+    assert torch.allclose(state, last, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["retnet", "gated_deltanet", "gla", "rwkv6"])
+def test_packed_sequences(name: str) -> None:
+    attn, q, k, v, inputs = problem(name, F32)
+    one = {n: x[:1] if x.dim() > 1 and x.shape[0] == 2 and x.dim() > 2 else x for n, x in inputs.items()}
+    offsets = torch.tensor([0, 20, 20, 53, 70], dtype=torch.int32)
+    _, state = assert_right(attn, q[:1], k[:1], v[:1], one, cu_seqlens=offsets)
+    assert state.shape[0] == 4
+    assert not state[1].any()
+    given = torch.randn_like(state)
+    assert_right(attn, q[:1], k[:1], v[:1], one, cu_seqlens=offsets, initial_state=given)
+
+
+@pytest.mark.parametrize("heads", [(2, 2, 4), (4, 2, 2), (1, 2, 4)], ids=str)
+def test_heads_are_shared_both_ways(heads: tuple[int, int, int]) -> None:
+    attn = attncc.build(EXAMPLES / "retnet.attn")
+    q, k, v = (torch.randn(2, h, 40, 16) for h in heads)
+    assert_right(attn, q, k, v, {"gamma": torch.rand(max(heads)) * 0.5 + 0.5})
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5), (2, 2, 0), (1, 0, 4)], ids=str)
+def test_nothing_gives_nothing(shape: tuple[int, int, int]) -> None:
+    attn = attncc.build(EXAMPLES / "gated_deltanet.attn")
+    q, k, v = (torch.randn(*shape, 8) for _ in range(3))
+    state = torch.randn(*shape[:2], 8, 8)
+    o, last = attn(q, k, v, g=-torch.rand(shape), beta=torch.rand(shape), initial_state=state, return_state=True)
+    assert o.shape == (*shape, 8)
+    assert torch.equal(last, state)
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"cu_seqlens": torch.tensor([0, 3])}, "A0621"),
+        ({"cu_seqlens": torch.tensor([1, 5])}, "A0621"),
+        ({"cu_seqlens": torch.tensor([0, 4, 2, 5])}, "A0621"),
+        ({"cu_seqlens": torch.tensor([0.0, 5.0])}, "A0621"),
+        ({"cu_seqlens": [0, 5]}, "A0621"),
+        ({"cu_seqlens": torch.tensor([[0, 5]])}, "A0621"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, "A0622"),
+        ({"initial_state": torch.zeros(2, 2, 8, 9)}, "A0603"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], code: str) -> None:
+    attn = attncc.build(EXAMPLES / "linear.attn")
+    q, k, v = (torch.randn(2 if code != "A0621" else 1, 2, 5, 8) for _ in range(3))
+    with pytest.raises(CallError, match=code):
+        attn(q, k, v, **change)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [torch.zeros(1, 2, 8, 8, dtype=BF16), torch.zeros(1, 2, 8, 16)[..., ::2], torch.zeros(1, 2, 8, 8).requires_grad_()],
+    ids=["type", "strides", "autograd"],
+)
+def test_a_state_that_cannot_be_written_to_is_refused(state: Tensor) -> None:
+    attn = attncc.build(EXAMPLES / "linear.attn")
+    with pytest.raises(CallError, match="A0623"):
+        attn.step(*(torch.randn(1, 2, 1, 8) for _ in range(3)), state=state)
