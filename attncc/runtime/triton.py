@@ -24,6 +24,8 @@ from attncc.ir.nodes import Summary
 from attncc.ir.types import DType
 from attncc.passes.variance import variance
 from attncc.plan.nodes import BackwardPlan, ForwardPlan, KernelPlan, RowsPlan, TilesPlan, TritonTile
+from attncc.plan.recurrent import CorePlan
+from attncc.plan.sequential import SequentialPlan
 from attncc.plan.triton_tiles import MACHINES, WITHOUT_F64
 from attncc.runtime.arguments import TORCH_DTYPES, Sizes
 from attncc.runtime.cache import import_module, write_atomically
@@ -233,7 +235,7 @@ def compile_kernel(plan: KernelPlan, source: str, folder: Path) -> TritonKernel:
 class LoadedModule:
     """A generated module on disk and in memory, and what has been compiled of it."""
 
-    def __init__(self, plan: KernelPlan, source: str, folder: Path) -> None:
+    def __init__(self, plan: KernelPlan | CorePlan | SequentialPlan, source: str, folder: Path) -> None:
         self.plan = plan
         self.functions = functions_of(plan)
         self.path = store(plan.name, source, folder)
@@ -323,11 +325,12 @@ class LoadedModule:
         return compiled
 
 
-def check_target(plan: KernelPlan, arch: str) -> None:
+def check_target(plan: KernelPlan | CorePlan | SequentialPlan, arch: str) -> None:
     """Raises BuildError where kernels of this plan cannot be compiled for `arch`."""
     if arch not in MACHINES:
         raise BuildError(UnknownArch(None, arch, ", ".join((*MACHINES, "interpret"))))
-    if isinstance(plan, ForwardPlan | BackwardPlan) and plan.dtype is DType.F64 and arch in WITHOUT_F64:
+    products = isinstance(plan, ForwardPlan | BackwardPlan | CorePlan)
+    if products and plan.dtype is DType.F64 and arch in WITHOUT_F64:
         raise BuildError(NoDoubles(None, plan.name, arch))
 
 

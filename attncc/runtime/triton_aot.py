@@ -18,6 +18,8 @@ from typing import Any
 
 from attncc.diagnostics import BuildError
 from attncc.plan.nodes import BackwardPlan, ForwardPlan, KernelPlan, RowsPlan, TilesPlan
+from attncc.plan.recurrent import CorePlan
+from attncc.plan.sequential import SequentialPlan
 from attncc.runtime.cache import write_atomically
 from attncc.runtime.triton import check_target
 from attncc.runtime.triton_errors import NoTriton, TritonCompilationFailed
@@ -50,7 +52,7 @@ class Resources:
 class Request:
     """A kernel to compile for `arch`. `out`: a folder for what comes out, or None."""
 
-    plan: KernelPlan
+    plan: KernelPlan | CorePlan | SequentialPlan
     source: str
     arch: str
     variant: Variant | None = None
@@ -58,7 +60,12 @@ class Request:
 
 
 def compile_ahead(
-    plan: KernelPlan, source: str, arch: str, *, variant: Variant | None = None, out: Path | None = None
+    plan: KernelPlan | CorePlan | SequentialPlan,
+    source: str,
+    arch: str,
+    *,
+    variant: Variant | None = None,
+    out: Path | None = None,
 ) -> dict[str, Resources]:
     """Compiles every function of a kernel for `arch`. Raises BuildError where one is refused or its compiler dies.
 
@@ -98,14 +105,21 @@ def compile_all(requests: Sequence[Request]) -> list[dict[str, Resources] | Buil
     return results
 
 
-def default_variant(plan: KernelPlan) -> Variant:
+def default_variant(plan: KernelPlan | CorePlan | SequentialPlan) -> Variant:
     """Tensors as they usually come: contiguous, and so aligned where the rows are whole 16-byte units."""
     aligned = isinstance(plan, TilesPlan) or all(width * plan.dtype.bytes % 16 == 0 for width in _widths(plan))
-    return Variant(aligned=aligned, wide=False, packed=True, unit=tuple(True for tensor in plan.tensors if tensor.rank))
+    tensors = () if isinstance(plan, CorePlan | SequentialPlan) else plan.tensors
+    return Variant(aligned=aligned, wide=False, packed=True, unit=tuple(True for tensor in tensors if tensor.rank))
 
 
-def _widths(plan: ForwardPlan | BackwardPlan | RowsPlan) -> tuple[int, ...]:
-    return (plan.width,) if isinstance(plan, RowsPlan) else (plan.head_dim_qk, plan.head_dim_v)
+def _widths(plan: ForwardPlan | BackwardPlan | RowsPlan | CorePlan | SequentialPlan) -> tuple[int, ...]:
+    match plan:
+        case RowsPlan(width=width):
+            return (width,)
+        case CorePlan() | SequentialPlan():
+            return (plan.key_width, plan.value_width)
+        case _:
+            return (plan.head_dim_qk, plan.head_dim_v)
 
 
 def _jobs(number: int, request: Request, folder: Path) -> Iterator[tuple[int, Function, dict[str, Any]]]:
@@ -157,11 +171,11 @@ def _describe(request: Request, function: Function, answer: dict[str, Any], reso
     """Writes what a launcher must know of a compiled function."""
     plan = request.plan
     variant = request.variant or default_variant(plan)
-    tile = None if isinstance(plan, RowsPlan) else asdict(plan.tile)
+    tile = None if isinstance(plan, RowsPlan | CorePlan | SequentialPlan) else asdict(plan.tile)
     description = {
         "kernel": answer["name"],
         "arch": request.arch,
-        "specification": plan.spec.name,
+        "specification": plan.name if isinstance(plan, CorePlan | SequentialPlan) else plan.spec.name,
         "arguments": [{"name": n, "type": t} for n, t in function.signature(variant).items()],
         "constants": function.constexprs(variant),
         "options": function.options,

@@ -14,6 +14,8 @@ from typing import TypeAlias, assert_never
 from attncc.emit.triton_names import name_of
 from attncc.ir.types import DType, Kind
 from attncc.plan.nodes import BackwardPlan, ForwardPlan, KernelPlan, RowsPlan, Tile, TilesPlan, TritonTile
+from attncc.plan.recurrent import CorePlan
+from attncc.plan.sequential import SequentialPlan
 
 TYPES = {
     DType.BOOL: "i1",
@@ -121,7 +123,7 @@ class Function:
         }
 
 
-def functions_of(plan: KernelPlan) -> tuple[Function, ...]:
+def functions_of(plan: KernelPlan | CorePlan | SequentialPlan) -> tuple[Function, ...]:
     """The functions of the module that `plan` renders to, in the order of launch."""
     match plan:
         case ForwardPlan(tile=tile):
@@ -132,6 +134,14 @@ def functions_of(plan: KernelPlan) -> tuple[Function, ...]:
             return (Function(plan.name, tuple(_rows_fields(plan))),)
         case TilesPlan():
             return tuple(_tiles_functions(plan))
+        case CorePlan():
+            from attncc.runtime.triton_recurrent_fields import core_functions
+
+            return core_functions(plan)
+        case SequentialPlan():
+            from attncc.runtime.triton_sequential import sequential_functions
+
+            return sequential_functions(plan)
         case _:
             assert_never(plan)
 
@@ -143,7 +153,7 @@ def _launch(tile: Tile | None) -> tuple[int, int]:
     return tile.num_warps, tile.num_stages
 
 
-def itemsize_of(plan: KernelPlan) -> int:
+def itemsize_of(plan: KernelPlan | CorePlan | SequentialPlan) -> int:
     """Bytes of an element of the operands; 16 for tables, which have none."""
     return 16 if isinstance(plan, TilesPlan) else plan.dtype.bytes
 

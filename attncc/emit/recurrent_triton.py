@@ -1,0 +1,153 @@
+"""What the templates of recurrent kernels in Triton print a plan with: layout of chunks, tiles, types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from attncc.emit.render import fill
+from attncc.emit.triton import DOT_OPTIONS, FLOAT_NAMES
+from attncc.emit.triton_text import _version, tidy
+from attncc.ir.types import DType
+from attncc.plan.recurrent import CorePlan
+from attncc.plan.triton_tiles import power_of_two
+
+# Matrix products ask for 16 rows and columns at least.
+_LEAST = 16
+# Types whose products no tensor core takes.
+_EXACT = (DType.F32, DType.F64)
+
+
+@dataclass(frozen=True, slots=True)
+class CoreLayout:
+    """How a core divides tokens and channels.
+
+    slots         rows of updates that a token has: the number of updates, up to a power of two
+    block         tokens of a block: within it, decays of channels are taken pair by pair
+    chunk         tokens between two states that are stored
+    key_padded    key channels, up to a power of two; value_padded: of values; decay_padded: of log_decay
+    decay_width   numbers of log_decay for each token; 0 where there is none
+    value_tile    value channels of a program of `states`; output_tile: of `outputs`; step_tile: of `step`
+    """
+
+    slots: int
+    block: int
+    chunk: int
+    key_padded: int
+    value_padded: int
+    decay_width: int
+    decay_padded: int
+    value_tile: int
+    output_tile: int
+    step_tile: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of updates of a chunk."""
+        return self.chunk * self.slots
+
+    @property
+    def block_rows(self) -> int:
+        return self.block * self.slots
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a chunk."""
+        return self.chunk // self.block
+
+    @property
+    def levels(self) -> int:
+        """How often a block of one row doubles until it is a chunk."""
+        return self.rows.bit_length() - 1
+
+
+def layout_of(plan: CorePlan) -> CoreLayout:
+    slots = power_of_two(len(plan.updates))
+    decay_width = {"none": 0, "scalar": 1, "key": plan.key_width, "value": plan.value_width}[plan.side]
+    value_padded = _padded(plan.value_width)
+    return CoreLayout(
+        slots=slots,
+        block=_LEAST,
+        chunk=max((32 if plan.dtype in _EXACT else 64) // slots, _LEAST),
+        key_padded=_padded(plan.key_width),
+        value_padded=value_padded,
+        decay_width=decay_width,
+        decay_padded=1 if decay_width <= 1 else _padded(decay_width),
+        value_tile=min(value_padded, _value_tile(plan)),
+        output_tile=value_padded if plan.side == "value" else min(value_padded, 16 if plan.dtype in _EXACT else 64),
+        step_tile=min(value_padded, 32),
+    )
+
+
+def core_filters() -> Mapping[str, Callable[..., object]]:
+    """The filters of the templates `recurrent` and `recurrent_backward`."""
+    return {
+        "header": core_header,
+        "tidy": tidy,
+        "layout": layout_of,
+        "operands": operand_names,
+        "slots": slots_of,
+        "triton_dtype": lambda dtype: f"tl.{FLOAT_NAMES[dtype]}",
+        "dot_options": lambda dtype: DOT_OPTIONS.get(dtype, ""),
+        "inverse_options": inverse_options,
+        "compute_dtype": lambda dtype: "tl.float64" if dtype is DType.F64 else "tl.float32",
+    }
+
+
+def operand_names(plan: CorePlan) -> tuple[str, ...]:
+    """The operands but log_decay, in the order of the parameters of kernels."""
+    return ("query", *(name for kind in ("key", "value", "erase") for _, name in slots_of(plan, kind)))
+
+
+def slots_of(plan: CorePlan, kind: str) -> tuple[tuple[int, str], ...]:
+    """The updates that have a `key`, `value` or `erase`: their number, and the name of the operand."""
+    return tuple((i, f"{kind}_{i}") for i, update in enumerate(plan.updates) if kind == "key" or getattr(update, kind))
+
+
+def inverse_options(plan: CorePlan) -> str:
+    """How products of triangular matrices in f32 are taken: with the tensor cores, in three products of TF32 that make
+    up for its digits, where operands are shorter than f32 and the target has it."""
+    if plan.dtype in DOT_OPTIONS:
+        return DOT_OPTIONS[plan.dtype]
+    precision = "tf32x3" if plan.target.arch.startswith("sm_") else "ieee"
+    return f', input_precision="{precision}"'
+
+
+def core_header(plan: CorePlan) -> str:
+    """The docstring of a generated module."""
+    direction = "gradient of a linear recurrence" if plan.kernel == "recurrent_backward" else "linear recurrence"
+    decay = {"none": "no decay", "scalar": "a decay of tokens"}.get(plan.side, f"a decay of {plan.side} channels")
+    kinds = {(True, True): "corrected", (True, False): "written", (False, True): "erased", (False, False): "none"}
+    updates = ", ".join(kinds[update.value, update.erase] for update in plan.updates) or "none"
+    before = ", erased from the state before the decay" if plan.erases_before and plan.erasing else ""
+    lines = [
+        f"{plan.name}: {direction}, {plan.dtype.value}, D = {plan.key_width}, E = {plan.value_width}.",
+        "",
+        f"Generated by attncc {_version()} for {plan.target}.",
+        "",
+        f"    {decay}; updates: {updates}{before}; reads the state {'before' if plan.read == 'pre' else 'after'} them",
+    ]
+    text = "\n".join(lines)
+    return f'"""{text}\n"""'
+
+
+def _padded(width: int) -> int:
+    return max(power_of_two(width), _LEAST)
+
+
+def _value_tile(plan: CorePlan) -> int:
+    if plan.dtype in _EXACT:
+        return 16
+    return 32 if _padded(plan.key_width) > 64 else 64
+
+
+def launch_of(plan: CorePlan, function: str) -> tuple[int, int]:
+    """Warps and stages of a function."""
+    del function
+    return (8, 1) if plan.dtype in _EXACT else (4, 2)
+
+
+def render_core(plan: CorePlan, templates: Sequence[Path]) -> str:
+    """The source of the kernels of a core. Raises BuildError where its template cannot be rendered."""
+    return fill(f"{plan.kernel}.py.jinja", plan, plan.name, plan.target, core_filters(), templates)
