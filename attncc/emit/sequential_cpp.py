@@ -77,7 +77,6 @@ class _Printer:
             "type": self._type,
             "extents": lambda value: "".join(f"[{self._extent(axis)}]" for axis in value.axes),
             "vectors": self._extent,
-            "meaning": _meaning,
         }
 
     def _variable(self, name: str, kind: Kind, axes: tuple[Axis, ...]) -> Printed:
@@ -97,14 +96,6 @@ class _Printer:
 
 def _in_lanes(axes: tuple[Axis, ...]) -> bool:
     return any(axis.channel == "e" for axis in axes)
-
-
-def _meaning(value: Operand | Step) -> str:
-    """What a value is, for a comment."""
-    if isinstance(value, Operand):
-        return to_text(value.source)
-    text = to_text(value.value)
-    return text if value.over is None else f"{value.op} over {value.over.channel} of {text}"
 
 
 def _functions(plan: SequentialPlan) -> list[str]:
