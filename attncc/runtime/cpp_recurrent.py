@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,13 +16,19 @@ from attncc.runtime.cpp import CppKernel, kernel_of
 from attncc.runtime.programs import contiguous
 from attncc.runtime.recurrent_operands import Operands
 
+if TYPE_CHECKING:
+    from attncc.runtime.cpp_recurrent_backward import CppGradients
+
 
 class CppCore:
-    """The shared library of a core."""
+    """The shared library of a core; that of its gradients is compiled when it is first asked for.
 
-    def __init__(self, plan: CorePlan, kernel: CppKernel) -> None:
-        self._plan = plan
+    gradients: compiles it.
+    """
+
+    def __init__(self, kernel: CppKernel, gradients: Callable[[], CppGradients]) -> None:
         self._kernel = kernel
+        self._gradients = functools.cache(gradients)
 
     def forward(
         self,
@@ -41,12 +49,25 @@ class CppCore:
             ]
         )
 
+    def backward(
+        self,
+        operands: Operands,
+        initial_state: Tensor | None,
+        offsets: Tensor | None,
+        d_o: Tensor,
+        d_state: Tensor | None,
+    ) -> tuple[Operands, Tensor]:
+        return self._gradients().run(operands, initial_state, offsets, d_o, d_state)
+
 
 def compile_core(plan: CorePlan, templates: Sequence[Path], folder: Path) -> CppCore:
     """The core of `plan`, compiled into `folder` or found there. Raises BuildError where it cannot be compiled, OSError
     where nothing can be written to `folder`."""
+    from attncc.runtime.cpp_recurrent_backward import compile_gradients
+
     source = render_core(plan, templates)
-    return CppCore(plan, kernel_of(plan.name, plan.target, core_fields(plan), source, folder))
+    kernel = kernel_of(plan.name, plan.target, core_fields(plan), source, folder)
+    return CppCore(kernel, functools.partial(compile_gradients, plan, templates, folder))
 
 
 def readable(operands: Operands) -> Operands:

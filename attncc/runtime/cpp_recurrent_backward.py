@@ -18,7 +18,7 @@ from attncc.runtime.recurrent_core import states_like
 from attncc.runtime.recurrent_operands import Operands
 
 
-class CppCoreBackward:
+class CppGradients:
     """The shared library of the gradients of a core."""
 
     def __init__(self, plan: CorePlan, kernel: CppKernel) -> None:
@@ -71,11 +71,11 @@ class CppCoreBackward:
         return d_initial
 
 
-def compile_backward(plan: CorePlan, templates: Sequence[Path], folder: Path) -> CppCoreBackward:
-    """The gradients of the core of `plan`, a plan of the forward or of the backward kernel; as `compile_core`."""
-    plan = replace(plan, kernel="recurrent_backward", name="recurrent_backward")
+def compile_gradients(plan: CorePlan, templates: Sequence[Path], folder: Path) -> CppGradients:
+    """The gradients of the core of `plan`, a plan of the forward kernel; as `compile_core`."""
+    plan = replace(plan, kernel="recurrent_backward", name=f"{plan.name}_backward")
     source = render_backward(plan, templates)
-    return CppCoreBackward(plan, kernel_of(plan.name, plan.target, backward_fields(plan), source, folder))
+    return CppGradients(plan, kernel_of(plan.name, plan.target, backward_fields(plan), source, folder))
 
 
 def _like(x: Tensor) -> Tensor:
