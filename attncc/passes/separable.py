@@ -106,10 +106,13 @@ def polynomial(expr: Expr) -> Polynomial:
         case Apply(op="where", args=(condition, a, b)) if not _varies(condition):
             otherwise = Apply("not", (condition,))
             return plus(chosen(condition, polynomial(a)), chosen(otherwise, polynomial(b)))
-        case Apply(op="exp" | "exp2", args=(Apply(op="add" | "sub" | "neg"),)):
-            return times(*(polynomial(part) for part in _exponentials(expr)))
+        case Apply(op="exp" | "exp2"):
+            first, second = _exponentials(expr)
+            if second != ONE:
+                return times(polynomial(first), polynomial(second))
         case _:
-            return (Monomial(mixed=(expr,)),)
+            pass
+    return (Monomial(mixed=(expr,)),)
 
 
 def chosen(condition: Expr, terms: Polynomial) -> Polynomial:
