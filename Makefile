@@ -7,10 +7,10 @@ READY := .venv/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint train bench gpu clean
+.PHONY: help setup demo test test-all lint train train-recurrent bench gpu clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
 
 setup: $(READY)  ## create .venv and install attncc and its tools there
 
@@ -33,10 +33,14 @@ lint: $(READY)  ## format, style, types, layers, dead code
 train: $(READY)  ## train a small language model, and the same by plain PyTorch; writes docs/train_lm.png
 	$(BIN)/python examples/train_lm.py --check --out docs/train_lm.png
 
+train-recurrent: $(READY)  ## likewise a recurrent one, which then writes; writes docs/recurrent_lm.png
+	$(BIN)/python examples/recurrent_lm.py --check --out docs/recurrent_lm.png
+
 bench: $(READY)  ## the benchmark grid on this machine; writes benchmarks/results/
 	$(BIN)/python benchmarks/forward.py
 	$(BIN)/python benchmarks/backward.py
 	$(BIN)/python benchmarks/long.py
+	$(BIN)/python benchmarks/recurrent.py
 	$(BIN)/python benchmarks/latency.py
 
 gpu: $(READY)  ## on a machine with a GPU: its tests and benchmark grid; writes benchmarks/results/

@@ -41,7 +41,8 @@ WINDOW, CAP = 256, 20.0
 LAYERS, HEADS, KV_HEADS, SEQUENCES = 2, 4, 2, 2
 BOUND = 1e-3
 
-Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# What a layer's attention does with its rows and gates.
+Attend: TypeAlias = Callable[..., Tensor]
 
 
 def compiled() -> Attend:
@@ -59,29 +60,39 @@ def dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return torch.softmax((CAP * torch.tanh(score / CAP)).masked_fill(~kept, -math.inf), -1) @ v
 
 
-class Layer(nn.Module):
+class Attention(nn.Module):
+    """Heads that share keys and values, and a learned bias by distance."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.before_attention, self.before_mlp = nn.RMSNorm(width), nn.RMSNorm(width)
         self.q, self.out = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
         self.kv = nn.Linear(width, 2 * KV_HEADS * width // HEADS, bias=False)
         # Learned from that of ALiBi, where every head looks back a distance of its own.
         self.bias = nn.Parameter(-(2.0 ** -torch.arange(HEADS))[:, None] * torch.arange(WINDOW))
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        q = self.q(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (2 * KV_HEADS, -1)).transpose(1, 2).chunk(2, 1)
+        return self.out(attend(q, k, v, self.bias).transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int, attention: nn.Module) -> None:
+        super().__init__()
+        self.before_attention, self.before_mlp = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.attention = attention
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        normed = self.before_attention(x)
-        q = self.q(normed).unflatten(-1, (HEADS, -1)).transpose(1, 2)
-        k, v = self.kv(normed).unflatten(-1, (2 * KV_HEADS, -1)).transpose(1, 2).chunk(2, 1)
-        x = x + self.out(attend(q, k, v, self.bias).transpose(1, 2).flatten(2))
+        x = x + self.attention(self.before_attention(x), attend)
         return x + self.mlp(self.before_mlp(x))
 
 
 class Model(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, attention: Callable[[int], nn.Module] = Attention) -> None:
         super().__init__()
         self.embedding = nn.Embedding(256, width)
-        self.layers = nn.ModuleList(Layer(width) for _ in range(LAYERS))
+        self.layers = nn.ModuleList(Layer(width, attention(width)) for _ in range(LAYERS))
         self.head = nn.Sequential(nn.RMSNorm(width), nn.Linear(width, 256, bias=False))
 
     def forward(self, text: Tensor, attend: Attend) -> Tensor:
@@ -92,10 +103,10 @@ class Model(nn.Module):
 
 
 class Learner:
-    """A model, the attention that it computes with, and what came of each step."""
+    """A model, the attention that it computes with, what came of each step, and how many it takes at most."""
 
-    def __init__(self, name: str, model: Model, attend: Attend) -> None:
-        self.name, self.model, self.attend = name, model, attend
+    def __init__(self, name: str, model: Model, attend: Attend, most: int | None = None) -> None:
+        self.name, self.model, self.attend, self.most = name, model, attend, most
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         self.losses: list[float] = []
         self.seconds: list[float] = []
@@ -132,12 +143,13 @@ def train(learners: list[Learner], text: bytes, steps: int, length: int) -> None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("training", total=steps)
-        for _ in range(steps):
+        for step in range(steps):
             starts = torch.randint(len(data) - length, (SEQUENCES, 1), generator=generator)
             batch = data[starts + torch.arange(length + 1)]
-            for learner in learners:
+            learning = [learner for learner in learners if learner.most is None or step < learner.most]
+            for learner in learning:
                 learner.step(batch)
-            losses = ", ".join(f"{learner.name} {learner.losses[-1]:.4f}" for learner in learners)
+            losses = ", ".join(f"{learner.name} {learner.losses[-1]:.4f}" for learner in learning)
             progress.update(task, advance=1, description=f"loss: {losses}")
 
 
@@ -162,12 +174,12 @@ def plot(learners: list[Learner], length: int, path: Path) -> None:
     print(f"drawn: {path}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Trains a small language model with and without attncc.")
+def parse(parser: argparse.ArgumentParser, picture: str) -> tuple[argparse.Namespace, bytes]:
+    """The options of a run, and the text that it is about. picture: the name of its plot."""
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--length", type=int, default=1024, help="bytes in each of the two sequences of a step")
     parser.add_argument("--width", type=int, default=128, help=f"of the model, a multiple of {HEADS}")
-    parser.add_argument("--out", type=Path, default=Path("train_lm.png"), help="the plot")
+    parser.add_argument("--out", type=Path, default=Path(picture), help="the plot")
     parser.add_argument("--check", action="store_true", help=f"fail where losses are more than {BOUND} apart")
     options = parser.parse_args()
     title, text = find_text()
@@ -178,6 +190,29 @@ def main() -> None:
     if not options.out.parent.is_dir():
         parser.error(f"there is no folder {options.out.parent} for the plot")
     print(f"{len(text) // 1000} KB of text: {title}")
+    return options, text
+
+
+def report(learners: list[Learner], options: argparse.Namespace) -> None:
+    """Losses and times of two learners, the plot, and, where it was asked for, whether losses are the same."""
+    table = Table("attention", "steps", "first loss", "last loss", f"median step at N = {options.length}")
+    for learner in learners:
+        time_of_step = f"{1e3 * statistics.median(learner.seconds):.0f} ms"
+        losses = f"{learner.losses[0]:.4f}", f"{learner.losses[-1]:.4f}"
+        table.add_row(learner.name, str(len(learner.losses)), *losses, time_of_step)
+    rich.print(table)
+    both = min(len(learner.losses) for learner in learners)
+    first, second = (torch.tensor(learner.losses[:both], dtype=torch.float64) for learner in learners)
+    apart = (first - second).abs().max().item()
+    print(f"losses of {both} steps are never more than {apart:.1e} apart; threads: {torch.get_num_threads()}")
+    plot(learners, options.length, options.out)
+    if options.check and not apart <= BOUND:
+        sys.exit(f"losses are {apart:.1e} apart; the bound is {BOUND}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Trains a small language model with and without attncc.")
+    options, text = parse(parser, "train_lm.png")
     torch.manual_seed(0)
     model = Model(options.width)
     learners = [Learner("compiled", model, compiled()), Learner("dense", copy.deepcopy(model), dense)]
@@ -185,17 +220,7 @@ def main() -> None:
         train(learners, text, options.steps, options.length)
     except attncc.AttnError as error:
         sys.exit(str(error))
-    table = Table("attention", "first loss", "last loss", f"median step at N = {options.length}")
-    for learner in learners:
-        time_of_step = f"{1e3 * statistics.median(learner.seconds):.0f} ms"
-        table.add_row(learner.name, f"{learner.losses[0]:.4f}", f"{learner.losses[-1]:.4f}", time_of_step)
-    rich.print(table)
-    first, second = (torch.tensor(learner.losses, dtype=torch.float64) for learner in learners)
-    apart = (first - second).abs().max().item()
-    print(f"losses are never more than {apart:.1e} apart; threads: {torch.get_num_threads()}")
-    plot(learners, options.length, options.out)
-    if options.check and not apart <= BOUND:
-        sys.exit(f"losses are {apart:.1e} apart; the bound is {BOUND}")
+    report(learners, options)
 
 
 if __name__ == "__main__":

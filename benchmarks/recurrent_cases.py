@@ -1,0 +1,190 @@
+"""What the benchmarks of recurrences measure: examples, inputs of the published kind, and what a call takes.
+
+Useful operations of a token and head, at a state of D x E and chunks of C tokens; a multiplication and an addition are
+two. What pads, what makes operands, decays and exponentials are not counted.
+
+    forward, without erasing    4DE  the state is read and written      + C(D + E)   half of two C x C products
+    forward, with               6DE  and read once more, for erases     + 2C(D + E)  and two more, for what is written
+    backward, without          10DE  the state again, its gradient, and what rows get of both     + C(3D + 2E)
+    backward, with             16DE  likewise, with twice the rows that read                      + C(6D + 5E)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import recurrent_peers as peers
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import attncc
+from attncc.runtime.cpp import CppKernel
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples" / "recurrent"
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+# The kind of state update of each variant that is compared with others.
+VARIANTS = {
+    "retnet": "a decay by head",
+    "mamba2": "a decay by token",
+    "gla": "a decay by channel",
+    "deltanet": "the delta rule",
+    "gated_deltanet": "decay and delta rule",
+}
+
+
+def erases(variant: str) -> bool:
+    return "delta" in variant
+
+
+def inputs_of(variant: str, B: int, H: int, N: int, D: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """As models begin with them."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
+    match variant:
+        case "retnet":
+            return {"gamma": 1 - 2.0 ** (-5 - torch.arange(H, dtype=torch.float32))}
+        case "mamba2":
+            # Steps of 0.001 to 0.1 and rates of -1 to -16.
+            return {"dt": 10 ** (-3 + 2 * random(B, H, N)), "A": -1 - 15 * random(H), "skip": torch.ones(H)}
+        case "gla":
+            return {"g": functional.logsigmoid(torch.randn(B, H, N, D, generator=generator)) / 16}
+        case "deltanet":
+            return {"beta": random(B, H, N)}
+        case "gated_deltanet":
+            rate = -1 - 15 * random(1, H, 1)
+            return {"g": rate * 10 ** (-3 + 2 * random(B, H, N)), "beta": random(B, H, N)}
+        case _:
+            raise ValueError(variant)
+
+
+def operations(variant: str, backward: bool, chunk: int, D: int, E: int) -> int:
+    """Useful ones, of a token and head."""
+    if backward:
+        return 16 * D * E + chunk * (6 * D + 5 * E) if erases(variant) else 10 * D * E + chunk * (3 * D + 2 * E)
+    return 6 * D * E + 2 * chunk * (D + E) if erases(variant) else 4 * D * E + chunk * (D + E)
+
+
+@dataclass
+class Case:
+    """An example and the arguments of a call."""
+
+    variant: str
+    dtype: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    inputs: dict[str, Tensor]
+    attn: attncc.RecurrentAttention = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.attn = attncc.build(EXAMPLES / f"{self.variant}.attn")
+
+    @staticmethod
+    def draw(variant: str, dtype: str, B: int, H: int, N: int, D: int, gradients: bool = False) -> Case:
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(B, H, N, D, generator=generator).to(DTYPES[dtype]) for _ in range(3))
+        case = Case(variant, dtype, q, k, v, inputs_of(variant, B, H, N, D, generator))
+        for leaf in case.leaves:
+            leaf.requires_grad_(gradients)
+        return case
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """What has a gradient."""
+        return self.q, self.k, self.v, *self.inputs.values()
+
+    def call(self) -> Tensor:
+        return self.attn(self.q, self.k, self.v, **self.inputs)
+
+    def sdpa(self) -> Tensor:
+        """Softmax attention of the same rows."""
+        return functional.scaled_dot_product_attention(self.q, self.k, self.v, is_causal=True)
+
+    def peer(self, core: Callable[..., Tensor], *setting: peers.Setting) -> Tensor:
+        """`peers.chunked` or `peers.token_loop`, and what an example has before and after it."""
+        operands = peers.operands(self.variant, self.q, self.k, self.v, self.inputs)
+        return peers.finished(self.variant, core(*operands, *setting), self.v, self.inputs)
+
+    def chunked(self, setting: peers.Setting) -> Tensor:
+        return self.peer(peers.chunked, setting)
+
+    def token_loop(self) -> Tensor:
+        return self.peer(peers.token_loop)
+
+    def check(self, setting: peers.Setting) -> None:
+        """Contenders compute the same. Raises SystemExit where they do not."""
+        with torch.no_grad():
+            own, *others = (x.double() for x in (self.call(), self.chunked(setting), self.token_loop()))
+        for other in others:
+            apart = ((own - other).norm() / other.norm()).item()
+            if not apart < (1e-4 if self.dtype == "f32" else 2e-2):
+                raise SystemExit(f"{self.variant}, {self.dtype}: attncc and PyTorch are {apart:.1e} apart")
+
+
+def with_gradients(function: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+    """`function`, and the gradients of leaves that it depends on from a gradient of its output."""
+    with torch.no_grad():
+        upstream = torch.randn_like(function())
+
+    def both() -> Tensor:
+        o = function()
+        torch.autograd.grad(o, leaves, upstream, allow_unused=True)
+        return o
+
+    return both
+
+
+class KernelTime:
+    """How much of the time of calls passes within compiled kernels, by the clock of `attncc.timing`."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self.function = function
+        self.samples: list[list[float]] = []  # of each call, the seconds of its kernels in turn
+
+    def __call__(self) -> None:
+        with _timed_launches() as seconds:
+            self.function()
+        self.samples.append(seconds)
+
+    def median(self, count: int, first: int = 0) -> float:
+        """Of the last `count` calls, the kernels from `first` on."""
+        return statistics.median(sum(seconds[first:]) for seconds in self.samples[-count:])
+
+
+@contextlib.contextmanager
+def _timed_launches() -> Iterator[list[float]]:
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    launch, seconds = CppKernel.launch_packed, list[float]()
+
+    def timed(kernel: CppKernel, block: bytes) -> None:
+        start = clock()
+        launch(kernel, block)
+        seconds.append(clock() - start)
+
+    CppKernel.launch_packed = timed
+    try:
+        yield seconds
+    finally:
+        CppKernel.launch_packed = launch
+
+
+def chunk_of(case: Case, backward: bool) -> int:
+    """Tokens that its kernel takes together."""
+    plan: Any = next(iter(case.attn.kernels.built.values()))[0]
+    if backward:
+        from attncc.emit.recurrent_backward_cpp import chunk_tokens
+
+        return chunk_tokens(plan)
+    from attncc.emit.recurrent_cpp import core_machine
+
+    return core_machine(plan).chunk

@@ -1,0 +1,208 @@
+"""How recurrences scale: with the length, in one step, with two threads, and beside softmax attention."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import recurrent_peers as peers
+import torch
+from recurrent_cases import EXAMPLES, Case, KernelTime
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import attncc
+from attncc.ir.recurrence import Recurrence
+from attncc.recurrent_inputs import recurrent_tensors
+from attncc.timing import alternate
+
+LENGTHS = (4096, 8192, 16_384, 32_768, 65_536)
+WIDTH = 64
+WIDTHS = {"based": 16}  # of q and k: its features have as many channels as the square
+STEPPING = ("retnet", "gla", "gated_deltanet")
+STATE_BYTES = 128 * 2**20
+CROSSING = ("retnet", "mamba2", "gla", "gated_deltanet")
+CROSSOVER_HEADS = 8
+
+
+def lengths(quick: bool, repeat: int) -> list[dict[str, Any]]:
+    """Time per token of every example at B1 H1 D64, f32: `drift` is the greatest over the least, less 1.
+
+    One head, so that no tensor is so large that the system takes its memory back after each call.
+    """
+    rows: list[dict[str, Any]] = []
+    names = sorted(path.stem for path in EXAMPLES.glob("*.attn"))
+    for name in track(names, description="lengths"):
+        attn = attncc.build(EXAMPLES / f"{name}.attn")
+        assert isinstance(attn.attention, Recurrence)
+        functions = {n: KernelTime(_call(attn, n)) for n in (LENGTHS[:3] if quick else LENGTHS)}
+        timings = alternate({str(n): function for n, function in functions.items()}, repeat, warmup=1)
+        calls = {n: timings[str(n)].median / n * 1e6 for n in functions}
+        kernels = {n: function.median(repeat) / n * 1e6 for n, function in functions.items()}
+        rows.append({
+            "attention": name, "microseconds": calls, "kernel_microseconds": kernels,
+            "drift": _drift(calls), "kernel_drift": _drift(kernels),
+        })  # fmt: skip
+    headings = [f"{n:,}" for n in rows[0]["microseconds"]]
+    out = Table("", *headings, "drift", "of its kernel", title="Microseconds per token, B1 H1 D64 f32, by length")
+    for row in rows:
+        times = (f"{x:.2f}" for x in row["microseconds"].values())
+        out.add_row(row["attention"], *times, f"{row['drift']:.0%}", f"{row['kernel_drift']:.0%}")
+    Console(width=110).print(out)
+    return rows
+
+
+def _call(attn: attncc.RecurrentAttention, length: int) -> Callable[[], object]:
+    generator = torch.Generator().manual_seed(0)
+    width = WIDTHS.get(attn.attention.name, WIDTH)
+    q, k = (torch.randn(1, 1, length, width, generator=generator) for _ in range(2))
+    v = torch.randn(1, 1, length, WIDTH, generator=generator)
+    scalars = {p.name: length for p in attn.attention.scalars}
+    inputs = {**scalars, **recurrent_tensors(attn.attention, q, k, v, scalars, generator)}
+    return lambda: attn(q, k, v, **inputs)
+
+
+def _drift(times: dict[int, float]) -> float:
+    return max(times.values()) / min(times.values()) - 1
+
+
+def copy_bandwidth(repeat: int) -> float:
+    """Bytes read and written per second by the quicker of a copy, and of a product in place."""
+    x, y = torch.ones(STATE_BYTES // 4), torch.empty(STATE_BYTES // 4)
+    timings = alternate({"copy": lambda: y.copy_(x), "in place": lambda: x.mul_(1.0)}, repeat)
+    return 2 * STATE_BYTES / min(timing.median for timing in timings.values())
+
+
+def steps(quick: bool, repeat: int) -> dict[str, Any]:
+    """One token for many heads, whose states fill 128 MB: each is read and written once."""
+    bandwidth = copy_bandwidth(repeat)
+    rows: list[dict[str, Any]] = []
+    cells = list(itertools.product(STEPPING, (64,) if quick else (64, 128)))
+    for variant, width in track(cells, description="step"):
+        heads = 16
+        batch = STATE_BYTES // (4 * width * width * heads)
+        case = Case.draw(variant, "f32", batch, heads, 1, width)
+        own, other = (torch.zeros(batch, heads, width, width) for _ in range(2))
+        step, peer = _step(case, own), _peer_step(case, other)
+        for _ in range(2):
+            apart = (step() - peer()).abs().max().item()
+            if not apart < 1e-4:
+                raise SystemExit(f"{variant}: steps of attncc and PyTorch are {apart:.1e} apart")
+        timed = KernelTime(step)
+        timings = alternate({"attncc": timed, "PyTorch": peer}, repeat)
+        seconds, kernel = timings["attncc"].median, timed.median(repeat)
+        rows.append({
+            "attention": variant, "D": width, "milliseconds": seconds * 1e3, "kernel_milliseconds": kernel * 1e3,
+            "gigabytes_per_second": 2 * STATE_BYTES / seconds / 1e9,
+            "share_of_copy": 2 * STATE_BYTES / seconds / bandwidth,
+            "kernel_share_of_copy": 2 * STATE_BYTES / kernel / bandwidth,
+            "ratio": timings["PyTorch"].median / seconds,
+        })  # fmt: skip
+    headings = ("", "D", "ms", "GB/s of state", "share of a copy", "that of its kernel", "faster than PyTorch's step")
+    out = Table(*headings, title=f"One step, states of 128 MB, f32; a copy moves {bandwidth / 1e9:.1f} GB/s")
+    for row in rows:
+        out.add_row(
+            row["attention"], str(row["D"]), f"{row['milliseconds']:.2f}", f"{row['gigabytes_per_second']:.1f}",
+            f"{row['share_of_copy']:.0%}", f"{row['kernel_share_of_copy']:.0%}", f"{row['ratio']:.1f}x",
+        )  # fmt: skip
+    Console(width=110).print(out)
+    return {"copy_gigabytes_per_second": bandwidth / 1e9, "state_bytes": STATE_BYTES, "rows": rows}
+
+
+def _step(case: Case, state: torch.Tensor) -> Callable[[], torch.Tensor]:
+    return lambda: case.attn.step(case.q, case.k, case.v, state=state, **case.inputs)
+
+
+def _peer_step(case: Case, state: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def step() -> torch.Tensor:
+        q, k, v, g, beta = peers.operands(case.variant, case.q, case.k, case.v, case.inputs)
+        heads = q.shape[:3]
+        g = None if g is None else g.expand(*heads, *g.shape[3:]).flatten(0, 2)
+        beta = None if beta is None else beta.flatten()
+        rows = (x.flatten(0, 2) for x in (q, k, v))
+        return peers.finished(case.variant, peers.step(*rows, g, beta, state.flatten(0, 1)).view_as(v), v, case.inputs)
+
+    return step
+
+
+def two_threads(repeat: int) -> list[dict[str, Any]]:
+    """One head: what two threads bring, by the wall clock, so only on a machine that has nothing else to do."""
+    threads = torch.get_num_threads()
+    rows: list[dict[str, Any]] = []
+    for variant in STEPPING:
+        case = Case.draw(variant, "f32", 1, 1, 16_384, WIDTH)
+        seconds: dict[int, list[float]] = {1: [], 2: []}
+        for _ in range(3 * repeat):
+            for count, samples in seconds.items():
+                torch.set_num_threads(count)
+                start = time.perf_counter()
+                case.call()
+                samples.append(time.perf_counter() - start)
+        # The best, since the first call compiles and other work can only slow down.
+        one, two = (min(samples) for samples in seconds.values())
+        rows.append({"attention": variant, "one_milliseconds": one * 1e3, "speedup": one / two})
+        print(f"{variant}, B1 H1 N16384 D{WIDTH}: {one * 1e3:.2f} ms with one thread, {one / two:.2f}x faster with two")
+    torch.set_num_threads(threads)
+    return rows
+
+
+def crossover(quick: bool, repeat: int, picture: Path) -> dict[str, Any]:
+    """Time per token by length, recurrences beside softmax attention, and from which length on they are faster."""
+    names = ["SDPA, causal", *CROSSING]
+    times: dict[str, dict[int, float]] = {name: {} for name in names}
+    for n in track([2**i for i in range(5, 13 if quick else 15)], description="crossover"):
+        cases = {variant: Case.draw(variant, "f32", 1, CROSSOVER_HEADS, n, WIDTH) for variant in CROSSING}
+        functions: dict[str, Callable[[], object]] = {variant: case.call for variant, case in cases.items()}
+        functions[names[0]] = cases[CROSSING[0]].sdpa
+        rounds = max(1, 4096 // n)  # short calls several times, for the clock's sake
+        timings = alternate({name: _repeated(f, rounds) for name, f in functions.items()}, repeat, warmup=1)
+        for name, timing in timings.items():
+            times[name][n] = timing.median / rounds / n * 1e6
+    softmax = times[names[0]]
+    faster = {name: _faster_from(times[name], softmax) for name in CROSSING}
+    for name, n in faster.items():
+        print(f"{name} is faster than SDPA " + ("at no length measured" if n is None else f"from N = {n} on"))
+    draw(times, picture)
+    return {"microseconds": times, "faster_from": faster}
+
+
+def _repeated(function: Callable[[], object], rounds: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(rounds):
+            function()
+
+    return run
+
+
+def _faster_from(times: dict[int, float], softmax: dict[int, float]) -> int | None:
+    """The least length from which on all are faster."""
+    slower = [n for n in times if times[n] >= softmax[n]]
+    return next((n for n in sorted(times) if n > max(slower, default=0)), None)
+
+
+def draw(times: dict[str, dict[int, float]], path: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"{path} is not drawn: matplotlib is missing, which `pip install matplotlib` brings")
+        return
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, curve in times.items():
+        softmax = name not in CROSSING
+        axes.plot(list(curve), list(curve.values()), "k.--" if softmax else ".-", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set(xlabel="tokens", ylabel=f"µs per token, {CROSSOVER_HEADS} heads, D = E = {WIDTH}, f32")
+    ticks = list(next(iter(times.values())))
+    axes.set_xticks(ticks, [f"{n:,}" for n in ticks], rotation=45)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    print(f"drawn: {path}")
