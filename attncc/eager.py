@@ -159,6 +159,18 @@ def eager(
     return weight.to(v.dtype) @ v
 
 
+def running_sums(attention: Attention, inputs: Mapping[str, Input]) -> dict[str, Tensor]:
+    """The running sums that loads read, by the names of the tensors that they are sums of: added up in f64, kept in f32
+    (f64 of f64). Differentiable."""
+    result: dict[str, Tensor] = {}
+    for parameter in attention.tensors:
+        tensor = inputs[parameter.name]
+        if parameter.summed is not None and isinstance(tensor, Tensor):
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            result[parameter.name] = tensor.cumsum(parameter.summed, dtype=torch.float64).to(wide)
+    return result
+
+
 def environment(
     attention: Attention, q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str, Input], q_offset: int | None = None
 ) -> Environment:
@@ -188,7 +200,11 @@ def environment(
             "E": v.shape[3],
             "q_offset": offset,
         },
-        inputs={**{p.name: p.default for p in attention.scalars if p.default is not None}, **inputs},
+        inputs={
+            **{p.name: p.default for p in attention.scalars if p.default is not None},
+            **inputs,
+            **running_sums(attention, inputs),
+        },
         holes={},
         # Where a bf16 formula mixes in positions or f32 tensors, PyTorch computes in f32 from there on.
         floating=torch.promote_types(q.dtype, torch.float32),

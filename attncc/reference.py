@@ -228,6 +228,7 @@ def _evaluate(
     sizes = {"B": batch, "H": heads, "HKV": heads_kv, "M": rows, "N": keys, "D": width_qk, "E": v.shape[3]}
     scalars = {p.name: p.default for p in attention.scalars if p.default is not None}
     captured = {name: widened(x) for name, x in {**scalars, **inputs}.items()}
+    captured |= {p.name: captured[p.name].cumsum(p.summed) for p in attention.tensors if p.summed is not None}
     scope = Scope({}, {**sizes, "q_offset": offset}, captured, [], {}, {}, row_dtype=row_dtype)
     q, k, v = (widened(x) for x in (q, k, v))
     outputs: list[Tensor] = []
@@ -263,7 +264,6 @@ def _head(attention: Attention, q: Tensor, k: Tensor, v: Tensor, scope: Scope) -
     everywhere = replace(scope, indices={**scope.indices, **grid}, reads=[])
     kept = value(attention.mask, everywhere).broadcast_to(len(q), len(k))
     check_reads(everywhere, kept)
-
     queries, keys = kept.any(1), kept.any(0)
     q = transformed(attention.q, "q", q, {"q_row": q_row, "q_idx": q_idx}, scope, queries)
     k = transformed(attention.k, "k", k, {"kv_idx": kv_idx}, scope, keys)
@@ -271,8 +271,8 @@ def _head(attention: Attention, q: Tensor, k: Tensor, v: Tensor, scope: Scope) -
 
     # From here on one axis: the kept pairs. A masked pair is not there to be computed.
     row, column = kept.nonzero(as_tuple=True)
-    pair = {"q_row": q_row[row], "q_idx": q_idx[row], "kv_idx": column}
-    at_pairs = replace(scope, indices={**scope.indices, **pair}, reads=[])
+    pair = {**scope.indices, "q_row": q_row[row], "q_idx": q_idx[row], "kv_idx": column}
+    at_pairs = replace(scope, indices=pair, reads=[])
     weight, lse = _weights(attention, q, k, kept, at_pairs)
     nothing = lse == -torch.inf
     if lse.requires_grad and nothing.any():
@@ -321,9 +321,8 @@ def transformed(
     """Each row of `x` (R, D) transformed by `expr`, the value of element d: (R, width), D if that is 0. Rows not `used`
     have no gradient."""
     # Three axes: row, d, e.
-    indices = {name: index[:, None, None] for name, index in at.items()}
     shape = (len(x), width or x.shape[1])
-    indices["d"] = torch.arange(shape[1])[None, :, None]
+    indices = {**{name: i[:, None, None] for name, i in at.items()}, "d": torch.arange(shape[1])[None, :, None]}
     inner = replace(
         scope,
         indices={**scope.indices, **indices},

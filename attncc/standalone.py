@@ -58,7 +58,7 @@ def standalone(attn: CompiledAttention, specialization: Specialization, target: 
         "describe": describe,
         "torch_name": _torch_name,
         "keywords": lambda plan: "".join(f", {p.name}=…" for p in plan.spec.parameters),
-        "input_value": _input_value,
+        "input_value": lambda parameter: _input_value(parameter, plan.tensor_dtypes),
         "python_shape": lambda tensor: "(" + "".join(f"{_size(axis)}, " for axis in tensor.shape) + ")",
     }
     files[f"{spec.name}.py"] = fill("standalone.py.jinja", plan, spec.name, target, filters, attn.templates)
@@ -123,12 +123,14 @@ def _defined(node: ast.stmt) -> list[str]:
             return []
 
 
-def _input_value(parameter: ScalarParameter | TensorParameter) -> str:
+def _input_value(parameter: ScalarParameter | TensorParameter, dtypes: Mapping[str, DType]) -> str:
     match parameter:
         case ScalarParameter(name=name, kind=kind):
             return f"{ {Kind.BOOL: 'bool', Kind.INT: 'int', Kind.FLOAT: 'float'}[kind] }({name})"
-        case TensorParameter(name=name):
+        case TensorParameter(name=name, summed=None):
             return name
+        case TensorParameter(name=name, summed=axis):
+            return f"{name}.cumsum({axis}, dtype=torch.float64).to(torch.{_torch_name(dtypes[name])})"
 
 
 def _size(expr: Expr) -> str:

@@ -148,6 +148,13 @@ def softcap(q: Tensor, k: Tensor, v: Tensor, i: Tensor, j: Tensor, cap: float) -
     return softmax(cap * torch.tanh(products(q, k) / cap), v, i >= j)
 
 
+def forgetting_transformer(q: Tensor, k: Tensor, v: Tensor, i: Tensor, j: Tensor, log_forget: Tensor) -> Result:
+    # The logs of the gates of tokens j + 1 to i.
+    between = (torch.arange(k.shape[2]) > j[..., None]) & (torch.arange(k.shape[2]) <= i[..., None])
+    forgotten = torch.einsum("ijn,bhn->bhij", between.to(log_forget.dtype), log_forget)
+    return softmax(products(q, k) + forgotten, v, i >= j)
+
+
 def t5_bucket(relative: Tensor, buckets: int, reach: int) -> Tensor:
     """The bidirectional buckets of T5, by `relative` = position of the key - position of the query."""
     side = buckets // 2
@@ -418,6 +425,11 @@ VARIANTS: dict[str, Variant] = {
     "sliding_window": Variant(sliding_window, _fixed(window=37)),
     "alibi": Variant(alibi, _slopes),
     "softcap": Variant(softcap, _fixed(cap=2.0)),
+    "forgetting_transformer": Variant(
+        forgetting_transformer,
+        lambda s, g: {"log_forget": torch.nn.functional.logsigmoid(_normal(s.B, s.H, s.N, g=g) + 2)},
+        _queries_within_keys,
+    ),
     "prefix_lm": Variant(
         prefix_lm, lambda s, g: {"prefix": torch.randint(0, s.N + 1, (s.B,), generator=g, dtype=torch.int32)}
     ),

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from strategies import Call, cases
 
 from attncc.build import check
+from attncc.eager import running_sums
 from attncc.ir.nodes import Attention, TensorParameter
 from attncc.ir.types import FLOATS
 from attncc.plan.backward import plan_backward
@@ -20,6 +21,7 @@ from attncc.plan.nodes import Target
 from attncc.reference import evaluate
 from attncc.runtime.arguments import Signature
 from attncc.runtime.arguments import Sizes as CallSizes
+from attncc.runtime.backward import Results
 from attncc.runtime.captured import captured_gradients
 from attncc.runtime.kernels import specialization_of
 
@@ -61,6 +63,10 @@ def assert_gradients(
     inputs: dict,
     q_offset: int | None = None,
 ) -> None:
+    # Sums are taken before plans.
+    inputs = {**inputs, **running_sums(attention, inputs)}
+    parameters = (replace(p, summed=None) if isinstance(p, TensorParameter) else p for p in attention.parameters)
+    attention = replace(attention, parameters=tuple(parameters))
     tensors = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
     leaves = {name: x.clone().requires_grad_() for name, x in {"q": q, "k": k, "v": v, **tensors}.items()}
     o, lse = evaluate(
@@ -82,7 +88,7 @@ def assert_gradients(
     if program.backward.normalizer == "sum" and total is not None and dtotal is not None:
         total = total.exp()
         dtotal = (dtotal / total).where(total > 0, 0.0)
-    found = Interpreter(program).run(q, k, v, bound, o.detach(), total, do, dtotal)
+    found = Interpreter(program).run(q, k, v, bound, Results(o.detach(), total, do, dtotal))
     captured = captured_gradients(program, bound, found, total, tuple(tensors)) if tensors else {}
     for name, gradient in {"q": found.dq, "k": found.dk, "v": found.dv, **captured}.items():
         expected = leaves[name].grad

@@ -115,6 +115,24 @@ def test_without_a_mask_every_query_reads_all_keys(mask: str | None, lines: list
     assert assert_same(attention_of(weight, mask, *lines)).bidirectional
 
 
+@pytest.mark.parametrize(
+    "weight", ["qk * exp(S_[q_idx] - S_[kv_idx])", "exp2(2 * S_[q_row]) * qk / exp2(2 * S_[kv_idx])"]
+)
+def test_differences_of_a_running_sum_are_what_is_summed(weight: str) -> None:
+    lines = ["let S_ = cumsum(G[b, h, :])", "normalize = sum"]
+    found = assert_same(attention_of(weight, "causal", *lines))
+    assert all(p.summed is None for p in found.tensors)
+    decay = to_text(found.statements[0].value)
+    assert "G[b, h, t]" in decay
+    assert "t - 1" not in decay
+
+
+def test_a_running_sum_by_itself_is_refused() -> None:
+    found = recurrence_of(attention_of("qk * exp(S_[q_idx])", "causal", "let S_ = cumsum(G[b, h, :])"))
+    assert isinstance(found, Refusal)
+    assert "running sum" in found.why
+
+
 def test_no_exponential_of_a_cumulative_gate_alone_is_taken() -> None:
     attention = attention_of("qk * exp(G[b, h, q_idx] - G[b, h, kv_idx])")
     found = recurrence_of(attention)

@@ -35,7 +35,7 @@ torch.save(function(q, k, v, **more, return_lse=True), sys.argv[4])
 
 
 @pytest.mark.parametrize("target", ["cpp", "triton:interpret"])
-@pytest.mark.parametrize("example", ["sliding_window", "document_causal", "yarn"])
+@pytest.mark.parametrize("example", ["sliding_window", "document_causal", "yarn", "forgetting_transformer"])
 def test_a_standalone_file_runs_without_attncc(example: str, target: str, tmp_path: Path) -> None:
     attn = attncc.build(EXAMPLES / f"{example}.attn", target=target)
     generator = torch.Generator().manual_seed(0)

@@ -13,6 +13,7 @@ from attncc.check.modules import Module
 from attncc.check.name_errors import Duplicate, ReservedName, UnknownClause
 from attncc.check.parameters import Declarations
 from attncc.check.reporter import Reporter
+from attncc.check.running_sums import resolved
 from attncc.check.sight import blind_spots
 from attncc.check.type_errors import BadNormalize, NeedsRow, RowSizes, SoftmaxMisplaced
 from attncc.check.values import UNKNOWN, Unknown, Value, apply, constant, size_text, size_value
@@ -55,7 +56,7 @@ def lower(
     normalizer = body.normalizer()
     if len(reporter.errors) > before or normalizer is None:
         return None
-    return Attention(
+    made = Attention(
         name=attention.name,
         doc=attention.doc or "",
         parameters=in_order(attention, declarations),
@@ -67,6 +68,7 @@ def lower(
         mask=mask,
         normalizer=normalizer,
     )
+    return resolved(made, reporter)
 
 
 def in_order(attention: nodes.Attention, declarations: Declarations) -> tuple[ScalarParameter | TensorParameter, ...]:

@@ -14,7 +14,9 @@ from attncc.check.modules import Module
 from attncc.check.name_errors import NeedsCall, NotAFunction, UnknownFunction, UnknownName, UsedBeforeDefinition
 from attncc.check.reporter import Expansion, Reporter
 from attncc.check.rope import SCALINGS, Scaling
+from attncc.check.running_sums import running_sum
 from attncc.check.type_errors import (
+    BadValue,
     NeverInside,
     NoAttributes,
     NotConstant,
@@ -221,6 +223,8 @@ class Evaluator(Kinds):
             return self.outer_product(node)
         if name == "concat":
             return self.concatenation(node)
+        if name == "cumsum":
+            return self.running_sum(node)
         if name in LATER_FUNCTIONS:
             raise self.fail(LaterFunction(node.span, name, LATER_FUNCTIONS[name]))
         builtin = BUILTINS.get(name)
@@ -250,6 +254,15 @@ class Evaluator(Kinds):
 
     def concatenation(self, node: nodes.Call) -> Value:
         raise self.fail(LaterFunction(node.span, node.function, LATER_FUNCTIONS[node.function]))
+
+    def running_sum(self, node: nodes.Call) -> Tensor:
+        (argument,) = self._arguments(node, ("x",), frozenset(), "cumsum(x[b, h, :])").values()
+        role = "the argument of `cumsum`"
+        found = running_sum(self.float_row(argument.meaning, argument.span, role), self.place(node.span))
+        if found is None:
+            wanted = "a tensor of floats along one axis, such as `x[b, h, :]`"
+            raise self.fail(BadValue(argument.span, role, wanted, "another row"))
+        return found
 
     def _arguments(
         self, node: nodes.Call, parameters: tuple[str, ...], optional: frozenset[str], signature: str

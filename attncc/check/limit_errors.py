@@ -63,8 +63,8 @@ class LaterFunction(Diagnostic):
     label = "this function"
     help = "{hint}"
     explanation = "The function belongs to a form of attention that this version reads but does not compile."
-    bad = "attention summed():\n    v = cumsum(v)\n"
-    good = "attention summed():\n    v = l2norm(v)\n"
+    bad = "attention pooled():\n    v = pool(v)\n"
+    good = "attention pooled():\n    v = l2norm(v)\n"
 
     name: str
     hint: str
@@ -102,3 +102,24 @@ class TooLarge(Diagnostic):
 
     clause: str
     size: str
+
+
+@dataclass(frozen=True, slots=True)
+class SummedAndRead(Diagnostic):
+    code = "A0412"
+    title = "`{name}` is summed and read by itself, or summed along two axes"
+    label = "summed here"
+    help = "declare a second parameter and pass the same tensor for both"
+    explanation = (
+        "`cumsum(x[b, h, :])` is the running sum of a parameter, which is taken before the kernel runs and stands in "
+        "its place. So one parameter is read by its elements, or by its sums along one axis."
+    )
+    bad = (
+        "attention gated(g: float[B, H, N]):\n    let G = cumsum(g[b, h, :])\n"
+        "    score = qk + G[q_idx] - G[kv_idx] + g[b, h, kv_idx]\n"
+    )
+    good = (
+        "attention gated(g: float[B, H, N]):\n    let G = cumsum(g[b, h, :])\n    score = qk + G[q_idx] - G[kv_idx]\n"
+    )
+
+    name: str

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from attncc.check.expressions import Evaluator, Scope
+from attncc.check.limit_errors import LaterFunction
 from attncc.check.name_errors import NotAvailable
 from attncc.check.recurrence_errors import ShapeMismatch, WrongProduct, WrongShape
 from attncc.check.reporter import Reporter
 from attncc.check.rope import Scaling
 from attncc.check.row_products import RowProducts
 from attncc.check.values import Meaning, Tensor, Value, apply, reduce, size_text
+from attncc.check.world import LATER_FUNCTIONS
 from attncc.diagnostics import Diagnostic
 from attncc.ir.nodes import Apply, Expr, Index, Size
 from attncc.ir.recurrence import KEY, QUERY, STATE, VALUE
@@ -161,6 +163,9 @@ class StatementEvaluator(Evaluator):
                 raise self.fail(WrongShape(place, role, self.shapes.text(size), self.shapes.text(value.size), hint))
         operands = [(self._as_large_as_state(x), places[0]), (self._as_large_as_state(y), places[1])]
         return self.apply("mul", operands, node.span, "an argument of `outer`")
+
+    def running_sum(self, node: nodes.Call) -> Tensor:
+        raise self.fail(LaterFunction(node.span, node.function, LATER_FUNCTIONS[node.function]))
 
     # Shapes
 

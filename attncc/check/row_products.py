@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 
 from attncc.check.expressions import Evaluator
 from attncc.check.kinds import Failed
+from attncc.check.limit_errors import LaterFunction
 from attncc.check.recurrence_errors import WrongProduct
 from attncc.check.values import Tensor, Unknown, Value, reduce, size_text, to_float
+from attncc.check.world import LATER_FUNCTIONS
 from attncc.ir.nodes import Apply, Constant, Expr, Index, Reduce
 from attncc.ir.rewrite import substitute, swap_channels
 from attncc.ir.types import Kind
@@ -83,6 +85,9 @@ class RowProducts(Evaluator):
         if tensor.kind is Kind.BOOL:
             raise self.fail(self.wrong_kind(Kind.BOOL, frozenset((Kind.FLOAT,)), node.span, "an operand of `@`"))
         return Matrix(tensor, tuple(indices))
+
+    def running_sum(self, node: nodes.Call) -> Tensor:
+        raise self.fail(LaterFunction(node.span, node.function, LATER_FUNCTIONS[node.function]))
 
     def outer_product(self, node: nodes.Call) -> Value:
         arguments = self._arguments(node, ("x", "y"), frozenset(), "outer(x, y)")

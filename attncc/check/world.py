@@ -37,7 +37,7 @@ LATER_CLAUSES = {
 LATER_FUNCTIONS = {
     "concat": "it belongs to `feature`; concatenate the tensors before the call",
     "outer": "it belongs to `feature`, and to the statements under `recurrence:`",
-    "cumsum": "compute the cumulative sum before the call and pass it as a tensor",
+    "cumsum": "it belongs to clauses of pairs; a state sums by itself, or pass the sums as a tensor",
     "pool": "pool k and v before the call",
     "project": "project k and v before the call",
     "argmax": "it belongs to `sort by`, which comes with a later version",

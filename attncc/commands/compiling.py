@@ -15,7 +15,7 @@ from attncc.inputs import element_type
 from attncc.ir.text import to_text
 from attncc.ir.types import DType, Kind
 from attncc.plan.nodes import BackwardProgram, Program, Specialization, Target
-from attncc.runtime.arguments import TORCH_DTYPES
+from attncc.runtime.arguments import TORCH_DTYPES, stored_dtype
 from attncc.runtime.call import CompiledAttention
 from attncc.runtime.cpp import compile_kernel
 from attncc.runtime.targets import parse as parse_target
@@ -87,7 +87,8 @@ def chosen(loaded: Loaded, arguments: argparse.Namespace) -> tuple[CompiledAtten
     """What the options --target, --dtype and --head-dim ask for."""
     attn = loaded.compiled(arguments.target, arguments.templates)
     dtype = DType(arguments.dtype)
-    tensors = tuple((p.name, element_type(p, TORCH_DTYPES[dtype])) for p in loaded.attention.tensors)
+    types = {p.name: stored_dtype(p, element_type(p, TORCH_DTYPES[dtype])) for p in loaded.attention.tensors}
+    tensors = tuple(types.items())
     head_dim_qk, head_dim_v = arguments.head_dim
     return attn, Specialization(dtype, head_dim_qk, head_dim_v, tensors), parse_target(arguments.target, attn.templates)
 

@@ -177,11 +177,13 @@ class ScalarParameter:
 @dataclass(frozen=True, slots=True)
 class TensorParameter:
     """A captured tensor, passed by keyword. `dtypes`: the element types that it may have. `shape`: one int
-    expression per axis over `Size` and `Constant`; () for a 0-d tensor."""
+    expression per axis over `Size` and `Constant`; () for a 0-d tensor. `summed`: an axis along which loads read the
+    running sum, up to their element and with it, in the place of the elements; it is taken before any kernel runs."""
 
     name: str
     dtypes: tuple[DType, ...]
     shape: tuple[Expr, ...]
+    summed: int | None = field(default=None, kw_only=True)
     span: Span | None = field(default=None, compare=False, repr=False)
 
 

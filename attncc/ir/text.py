@@ -126,9 +126,10 @@ def _parameter(parameter: ScalarParameter | TensorParameter) -> str:
             return f"{name}: {kind.value}"
         case ScalarParameter(name=name, kind=kind, default=default):
             return f"{name}: {kind.value} = {default!r}"
-        case TensorParameter(name=name, dtypes=dtypes, shape=shape):
+        case TensorParameter(name=name, dtypes=dtypes, shape=shape, summed=summed):
             elements = "|".join(dtype.value for dtype in dtypes)
-            return f"{name}: {elements}[{', '.join(_expr(size) for size in shape)}]"
+            text = f"{name}: {elements}[{', '.join(_expr(size) for size in shape)}]"
+            return text if summed is None else f"{text} summed along {summed}"
         case _:
             assert_never(parameter)
 

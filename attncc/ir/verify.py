@@ -139,6 +139,8 @@ def _check_tensor(parameter: TensorParameter) -> None:
     kinds = {dtype.kind for dtype in parameter.dtypes}
     if len(kinds) != 1:
         raise IRError(f"parameter `{parameter.name}`: element types of one kind expected, not {parameter.dtypes}")
+    if parameter.summed is not None and (kinds != {Kind.FLOAT} or parameter.summed not in range(len(parameter.shape))):
+        raise IRError(f"parameter `{parameter.name}`: no sums of floats along axis {parameter.summed}")
     scope = Scope(f"shape of `{parameter.name}`", {}, {}, sizes=_SHAPE_SIZES)
     for size in parameter.shape:
         expect(size, Kind.INT, scope)

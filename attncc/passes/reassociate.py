@@ -10,12 +10,24 @@ itself is taken, which may be beyond every float where the difference is not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Never
 
-from attncc.ir.nodes import Apply, Attention, Constant, Elementwise, Expr, Hole, Index, Size, Softmax
+from attncc.ir.nodes import (
+    Apply,
+    Attention,
+    Constant,
+    Elementwise,
+    Expr,
+    Hole,
+    Index,
+    Load,
+    Size,
+    Softmax,
+    TensorParameter,
+)
 from attncc.ir.recurrence import KEY, QUERY, STATE, Recurrence, Update, linear_statements, map_expressions
 from attncc.ir.rewrite import contains, has_free, map_children, map_clauses, substitute
 from attncc.passes.algebra import Linear, expr_of, linear
@@ -84,6 +96,7 @@ def _recurrence(attention: Attention) -> Recurrence:
         raise _Refused("the mask keeps other pairs than those with kv_idx <= q_idx", attention.mask.span)
     score = substitute(square.score, {Hole("qk"): Apply("mul", (square.scale, Hole("dot")))})
     weight = substitute(square.normalizer.weight, {Hole("score"): score})
+    summed = {p.name: p.summed for p in attention.tensors if p.summed is not None}
     separated = _separated(_distances(weight) if causal else weight, causal=causal)
     size = Size("D")
     statements = linear_statements(separated.times(separated.query, QUERY), size, separated.times(separated.key, KEY))
@@ -92,7 +105,7 @@ def _recurrence(attention: Attention) -> Recurrence:
     made = Recurrence(
         attention.name,
         attention.doc,
-        attention.parameters,
+        tuple(replace(p, summed=None) if isinstance(p, TensorParameter) else p for p in attention.parameters),
         square.q,
         square.k,
         square.v,
@@ -100,7 +113,20 @@ def _recurrence(attention: Attention) -> Recurrence:
         normalizer="none" if isinstance(square.normalizer, Elementwise) else "sum",
         bidirectional=not causal,
     )
-    return map_expressions(made, lambda expr: simplify_expr(substitute(expr, _AT_TOKEN)))
+    return map_expressions(made, lambda expr: simplify_expr(_unsummed(substitute(expr, _AT_TOKEN), summed)))
+
+
+def _unsummed(expr: Expr, summed: Mapping[str, int]) -> Expr:
+    """Differences of a running sum from the token before are what is summed; nothing else is known of the sum."""
+    match expr:
+        case Apply(op="where", args=(_, Apply(op="sub", args=(Load(tensor=name, indices=indices) as load, _)), _)) if (
+            name in summed and indices[summed[name]] == _TOKEN and expr == simplify_expr(_difference(load))
+        ):
+            return load
+        case Load(tensor=name, span=span) if name in summed:
+            raise _Refused("a running sum is read by itself, not its difference from key to query", span)
+        case _:
+            return map_children(expr, lambda child: _unsummed(child, summed))
 
 
 def _distances(expr: Expr) -> Expr:

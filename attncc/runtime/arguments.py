@@ -221,6 +221,13 @@ def preferred_dtype(parameter: TensorParameter) -> DType:
     return parameter.dtypes[0]
 
 
+def stored_dtype(parameter: TensorParameter, dtype: DType) -> DType:
+    """The element type that kernels read of a captured tensor of this type: of its running sum, where they read that."""
+    if parameter.summed is None:
+        return dtype
+    return DType.F64 if dtype is DType.F64 else DType.F32
+
+
 def size_function(expr: Expr) -> Callable[[Sizes], int]:
     """A shape expression as a function of the sizes of a call."""
     match expr:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from attncc import reference
 from attncc.diagnostics import CallError
+from attncc.eager import running_sums
 from attncc.explain import explain
 from attncc.ir.nodes import Attention, Elementwise, Sum
 from attncc.passes.columns import column_sums
 from attncc.passes.dropout import with_dropout
 from attncc.plan.nodes import Specialization, Target
-from attncc.runtime.arguments import DTYPES, Bound, Mismatch, Signature, preferred_dtype
+from attncc.runtime.arguments import DTYPES, Bound, Mismatch, Signature, preferred_dtype, stored_dtype
 from attncc.runtime.dropout import bind_dropout, recipe_with_dropout
 from attncc.runtime.errors import NoLse, NotTraced
 from attncc.runtime.kernels import Kernels, MakeBackwardSources, MakeSources, Sources
@@ -57,6 +58,7 @@ class CompiledAttention:
         self.kernels = Kernels(attention, target, templates, make_sources, make_backward_sources)
         self.variant = Variant(self._signature, self.kernels)
         register(recipe, self.variant)
+        self._sums = any(p.summed is not None for p in attention.tensors)
         self._has_lse = not isinstance(attention.normalizer, Elementwise)
         self._divides_by_sum = isinstance(attention.normalizer, Sum)
 
@@ -106,6 +108,8 @@ class CompiledAttention:
             raise refuse(self._signature, {"q": q, "k": k, "v": v}, q_offset, inputs) from None
         if return_lse and not self._has_lse:
             raise CallError(NoLse(None, self.attention.name))
+        if self._sums:
+            bound = bound._replace(tensors={**bound.tensors, **running_sums(self.attention, bound.tensors)})
         drops, recipe = False, self.recipe
         if (type(dropout_p) is not float or dropout_p != 0.0) and (drawn := bind_dropout(dropout_p, seed)):
             drops, recipe = True, self._recipe_with_dropout
@@ -222,5 +226,5 @@ class CompiledAttention:
         return self.kernels.sources(specialization, target)
 
     def _specialization(self, dtype: torch.dtype, head_dim: int, head_dim_v: int | None) -> Specialization:
-        tensors = tuple((p.name, preferred_dtype(p)) for p in self.attention.tensors)
+        tensors = tuple((p.name, stored_dtype(p, preferred_dtype(p))) for p in self.attention.tensors)
         return Specialization(DTYPES[dtype], head_dim, head_dim_v or head_dim, tensors)
