@@ -222,7 +222,7 @@ def preferred_dtype(parameter: TensorParameter) -> DType:
 
 
 def stored_dtype(parameter: TensorParameter, dtype: DType) -> DType:
-    """The element type that kernels read of a captured tensor of this type: of its running sum, where they read that."""
+    """The element type that kernels read of a captured tensor of this type: its own, or that of its running sum."""
     if parameter.summed is None:
         return dtype
     return DType.F64 if dtype is DType.F64 else DType.F32
