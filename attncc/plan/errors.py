@@ -17,7 +17,7 @@ class StateInIndex(Diagnostic):
         "A recurrence that has no normal form runs token by token. What it reads of captured tensors is read for all "
         "tokens beforehand, so that the kernel itself has the state and vectors alone. `attn.reference` computes it."
     )
-    bad = "S = levels[to_int(max(k @ S))] * S"
+    bad = "S = levels[int(max(k @ S))] * S"
     good = "S = (levels[1] if max(k @ S) > 0.0 else levels[0]) * S"
 
     tensor: str
