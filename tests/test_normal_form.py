@@ -283,6 +283,7 @@ def test_too_many_steps_within_a_token_are_refused_soon() -> None:
         ("(exp(g[b, h, t]) if t > 0 else 1.0)", "where(t > 0, g[b, h, t], 0.0)"),
         ("s[b, h, t]", "log(s[b, h, t])"),
         ("1.0", "0.0"),
+        ("(1 - s[b, h, t])", "log1p(-s[b, h, t])"),
         ("s[b, h, t] ** g[b, h, t]", "g[b, h, t] * log(s[b, h, t])"),
     ],
 )

@@ -252,6 +252,8 @@ def logarithm(expr: Expr) -> Expr:
             return Apply("sub", (logarithm(a), logarithm(b)))
         case Apply(op="where", args=(condition, a, b)):
             return Apply("where", (condition, logarithm(a), logarithm(b)))
+        case Apply(op="sub", args=(Constant(value=1.0), b)):  # what is forgotten, to all its digits where it is small
+            return Apply("log1p", (Apply("neg", (b,)),))
         case Apply(op="pow", args=(a, b)):
             return Apply("mul", (b, logarithm(a)))
         case Apply(op=op, args=(a,)) if op in _LOGARITHMS:
