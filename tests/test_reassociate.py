@@ -165,6 +165,8 @@ def test_no_exponential_of_a_cumulative_gate_alone_is_taken() -> None:
         ("qk * sigmoid(G[b, h, q_idx] - G[b, h, kv_idx])", "causal", "no product", None),
         ("qk / (1 + q_idx - kv_idx)", "causal", "no product", None),
         ("qk * G[b, h, q_idx - kv_idx]", "causal", "no product", "G[b, h, q_idx - kv_idx]"),
+        ("qk * (-0.5) ** (q_idx - kv_idx)", "causal", "sign", None),
+        ("qk * 0.0 ** (q_idx - kv_idx)", "causal", "nothing is kept", None),
         ("qk * (gamma[h] + q_idx) ** (q_idx - kv_idx)", "causal", "no product", None),
     ],
 )

@@ -31,6 +31,7 @@ from attncc.ir.nodes import (
 from attncc.ir.recurrence import KEY, QUERY, STATE, Recurrence, Update, linear_statements, map_expressions
 from attncc.ir.rewrite import contains, has_free, map_children, map_clauses, substitute
 from attncc.passes.algebra import Linear, expr_of, linear
+from attncc.passes.normal_form import Sequential, normal_form
 from attncc.passes.simplify import simplify_expr
 from attncc.source import Span
 
@@ -61,12 +62,15 @@ def recurrence_of(attention: Attention) -> Recurrence | Refusal:
     """The recurrence with the same output, or the term that prevents one.
 
     It is the same for calls with as many queries as keys and q_offset = 0, that do not ask for lse; any other call is
-    the pairwise kernel's. Its own q_offset is 0, and it has no initial state.
+    the pairwise kernel's. Its own q_offset is 0, and it has no initial state. It always has a normal form, whose decays
+    are taken to be no less than 0: powers of elements of tensors that are negative are NaN.
     """
     try:
-        return _recurrence(attention)
+        made = _recurrence(attention)
     except _Refused as refused:
         return Refusal(refused.why, refused.span)
+    form = normal_form(made)  # A decay of a negative constant has none.
+    return Refusal(form.why, form.span) if isinstance(form, Sequential) else made
 
 
 def is_true(mask: Expr) -> bool:
