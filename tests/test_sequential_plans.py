@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sequential_cases import CASES
 from test_normal_form import GIVEN, STATE, D, E, H, K, N, Q, V, recurrence_of
+from test_templates import TEMPLATES, documented, used_filters
 
 import attncc
 from attncc.diagnostics import BuildError
-from attncc.emit.sequential_triton import layout_of, source_of
+from attncc.emit.sequential_cpp import SequentialCppPrinter
+from attncc.emit.sequential_triton import SequentialTritonPrinter, layout_of, source_of
 from attncc.error_rule import compare
 from attncc.ir.recurrence import Recurrence
 from attncc.ir.recurrence_verify import verify_recurrence
@@ -125,6 +128,22 @@ def test_it_compiles_for_a_gpu(name: str) -> None:
     resources = compile_ahead(found, source_of(found), "sm_90")
     assert set(resources) == {"drawn_sequential", "drawn_sequential[PACKED]"}
     assert all(function.spilled == 0 for function in resources.values())
+
+
+@pytest.mark.parametrize(
+    ("target", "file", "printer"),
+    [
+        ("cpp:avx2", "cpp/sequential.cpp.jinja", SequentialCppPrinter),
+        ("triton:sm_90", "triton/sequential.py.jinja", SequentialTritonPrinter),
+    ],
+)
+def test_every_filter_of_a_template_is_documented_and_used(target: str, file: str, printer: Any) -> None:
+    found = plan("S = tanh(S) + outer(k, v)", "out = q @ S", target=target)
+    names = set(printer(found).filters())
+    assert documented(f"Filters of `{file}`") == names
+    files = (TEMPLATES / found.target.family).rglob("*.jinja")
+    used = used_filters("\n".join(path.read_text(encoding="utf-8") for path in files))
+    assert names <= used, names - used
 
 
 # Random statements.

@@ -23,6 +23,7 @@ from attncc.emit import families, run
 from attncc.emit.printers import printer_of
 from attncc.ir import blocks as block_nodes
 from attncc.plan import nodes as plan_nodes
+from attncc.plan import sequential
 from attncc.runtime.cpp_toolchain import native_arch
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
@@ -399,12 +400,17 @@ def test_a_machine_that_is_not_there(write: Write) -> None:
 FILES = sorted(str(path.relative_to(TEMPLATES)) for path in TEMPLATES.rglob("*.jinja"))
 
 
+def used_filters(text: str) -> set[str]:
+    return set(re.findall(r"\| *(\w+)", text)) | set(re.findall(r"filter (\w+)", text))
+
+
 @functools.cache
 def _tree(name: str) -> jinja2.nodes.Template:
     environment = jinja2.Environment()
-    names = {name for filters in _filters().values() for name in filters} | _filters_of_standalone_files()
-    environment.filters.update(dict.fromkeys(names, str))
-    tree = environment.parse((TEMPLATES / name).read_text(encoding="utf-8"))
+    text = (TEMPLATES / name).read_text(encoding="utf-8")
+    # Which filters there are is the business of what renders it.
+    environment.filters.update(dict.fromkeys(used_filters(text) - environment.filters.keys(), str))
+    tree = environment.parse(text)
     tree.set_environment(environment)
     return tree
 
@@ -432,7 +438,7 @@ def test_a_template_receives_the_plan_and_nothing_else(name: str) -> None:
     assert meta.find_undeclared_variables(_tree(name)) - _own_names(name) <= {"plan"}
 
 
-def _documented(title: str) -> set[str]:
+def documented(title: str) -> set[str]:
     """The names in the first column of the table below a heading of the README."""
     section = re.split(r"^##+ ", README.split(f"### {title}\n")[1], flags=re.MULTILINE)[0]
     return set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE))
@@ -445,15 +451,15 @@ def _fields(kind: Any) -> set[str]:
 
 PLAN_TYPES = {
     kind.__name__: kind
-    for module in (plan_nodes, block_nodes, standalone)
-    for kind in vars(module).values()
-    if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__  # type: ignore[attr-defined]
+    for module in (plan_nodes, block_nodes, sequential, standalone)
+    for name, kind in vars(module).items()
+    if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__ and not name.startswith("_")  # type: ignore[attr-defined]
 }
 
 
 @pytest.mark.parametrize("name", PLAN_TYPES)
 def test_every_field_of_a_plan_is_documented_and_every_documented_field_exists(name: str) -> None:
-    assert _documented(f"`{name}`") == _fields(PLAN_TYPES[name])
+    assert documented(f"`{name}`") == _fields(PLAN_TYPES[name])
 
 
 def test_every_documented_type_exists() -> None:
@@ -502,7 +508,7 @@ FILTER_TABLES = (
 @pytest.mark.parametrize("title", FILTER_TABLES)
 def test_every_filter_is_documented_and_every_documented_filter_exists(title: str) -> None:
     given = _filters() | {FILTER_TABLES[-1]: _filters_of_standalone_files()}
-    assert _documented(title) == given[title]
+    assert documented(title) == given[title]
 
 
 def test_every_filter_is_used() -> None:
@@ -511,5 +517,4 @@ def test_every_filter_is_used() -> None:
         folder = "cpp" if "C++" in title else "triton" if "Triton" in title else ""
         files = (TEMPLATES / folder).rglob("*.jinja")
         text = "\n".join(path.read_text(encoding="utf-8") for path in files)
-        used = set(re.findall(r"\| (\w+)", text)) | set(re.findall(r"filter (\w+)", text))
-        assert names <= used, names - used
+        assert names <= used_filters(text), names - used_filters(text)

@@ -29,7 +29,7 @@ _CALL = re.compile(r"([a-z0-9_]+)_\(.*\)")
 
 def source_of(plan: SequentialPlan, templates: Sequence[Path] = ()) -> str:
     """The source of the kernel. Raises BuildError where its template cannot be rendered."""
-    return fill("sequential.cpp.jinja", plan, plan.name, plan.target, _Printer(plan).filters(), templates)
+    return fill("sequential.cpp.jinja", plan, plan.name, plan.target, SequentialCppPrinter(plan).filters(), templates)
 
 
 def argument_fields(plan: SequentialPlan) -> tuple[Field, ...]:
@@ -54,7 +54,7 @@ def _stream(operand: Operand) -> Field:
     return Field(f"Stream<{element}> {operand.name};", to_text(operand.source), ((operand.name, "Q"), *strides))
 
 
-class _Printer:
+class SequentialCppPrinter:
     """The filters of the template."""
 
     def __init__(self, plan: SequentialPlan) -> None:

@@ -62,7 +62,7 @@ def layout_of(plan: SequentialPlan) -> SequentialLayout:
 def source_of(plan: SequentialPlan, templates: Sequence[Path] = ()) -> str:
     """The source of the kernel. Raises BuildError where its template cannot be rendered, or where it would need more
     memory than a program has."""
-    return fill("sequential.py.jinja", plan, plan.name, plan.target, _Printer(plan).filters(), templates)
+    return fill("sequential.py.jinja", plan, plan.name, plan.target, SequentialTritonPrinter(plan).filters(), templates)
 
 
 def stride_names(operand: Operand) -> tuple[str, ...]:
@@ -71,7 +71,7 @@ def stride_names(operand: Operand) -> tuple[str, ...]:
     return tuple(f"{operand.name}_stride_{axis}" for axis in axes)
 
 
-class _Printer:
+class SequentialTritonPrinter:
     """The filters of the template."""
 
     def __init__(self, plan: SequentialPlan) -> None:
