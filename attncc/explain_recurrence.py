@@ -18,6 +18,14 @@ _SIDES = {
 }
 
 
+# What runs.
+_CORE = ["none: this version has no kernels of recurrences; attn.reference computes it token by token"]
+_SEQUENTIAL = (
+    "forward    the statements as they stand, token by token; a thread (C++) or program (Triton) holds a head's state",
+    "backward   the same statements in PyTorch, token by token, from the state of every sqrt(N)-th token",
+)
+
+
 def explain_recurrence(spec_text: str, recurrence: Recurrence) -> str:
     """The specification, its statements, their normal form, and the kernel."""
     form = normal_form(recurrence)
@@ -25,7 +33,7 @@ def explain_recurrence(spec_text: str, recurrence: Recurrence) -> str:
         ("Specification", spec_text.strip().splitlines()),
         ("Meaning", to_text(recurrence).strip().splitlines()[1:]),
         ("Normal form", list(_none(form) if isinstance(form, Sequential) else _lines(recurrence, form))),
-        ("Kernel", ["none: this version has no kernels of recurrences; attn.reference computes it token by token"]),
+        ("Kernel", list(_SEQUENTIAL) if isinstance(form, Sequential) else _CORE),
     ]
     return "\n\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections) + "\n"
 
@@ -34,7 +42,6 @@ def _none(form: Sequential) -> Iterator[str]:
     yield f"none: {form.why}"
     if form.span is not None:
         yield f"at {form.span}: {form.span.text.strip()}"
-    yield "such a recurrence runs token by token"
 
 
 def _lines(recurrence: Recurrence, form: NormalForm) -> Iterator[str]:

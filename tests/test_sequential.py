@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,14 @@ from torch import Tensor
 
 import attncc
 from attncc.error_rule import compare
+from attncc.ir.recurrence import Recurrence
+from attncc.ir.recurrence_verify import verify_recurrence
 from attncc.passes.normal_form import Sequential, normal_form
+from attncc.recurrent_reference import evaluate
+from attncc.runtime.arguments import Signature
 from attncc.runtime.recurrent import RecurrentAttention
+from attncc.runtime.recurrent_arguments import bind_recurrence
+from attncc.runtime.sequential import SequentialKernels
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 INTERPRETED = "triton:interpret"
@@ -193,7 +200,51 @@ def test_it_does_not_matter_how_many_threads_there_are() -> None:
     assert torch.equal(*results)
 
 
+# What no specification can write yet, and the IR can.
+
+
+@CPP_AND_TRITON
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_outputs_divided_by_the_sum_of_weights(target: str, dtype: torch.dtype) -> None:
+    recurrence = replace(built(CASES["bounded"], target).attention, normalizer="sum")
+    rows, inputs, _ = draw(CASES["bounded"], dtype)
+    state = torch.rand(2, 2, 5, 20, generator=torch.Generator().manual_seed(1)) + 0.5
+    rows = [rows[0].abs(), rows[1].abs(), rows[2]]  # no sum of weights lies near 0
+    assert_ir_right(recurrence, target, rows, inputs, state)
+
+
+@CPP_AND_TRITON
+@pytest.mark.parametrize("queries", [0, 4, 11])
+def test_queries_that_read_what_all_tokens_leave(target: str, queries: int) -> None:
+    recurrence = replace(built(CASES["bounded"], target).attention, bidirectional=True)
+    rows, inputs, state = draw(CASES["bounded"], F32)
+    rows[0] = torch.randn(2, 2, queries, 5, generator=torch.Generator().manual_seed(1))
+    assert_ir_right(recurrence, target, rows, inputs, state)
+
+
+def assert_ir_right(
+    recurrence: Recurrence, target: str, rows: list[Tensor], inputs: dict[str, Tensor], state: Tensor
+) -> None:
+    """Output, last state and gradients by the error rule; what is exact sets the standard by its own rounding."""
+    verify_recurrence(recurrence)
+    leaves = [x.requires_grad_() for x in (*rows, state)]
+    bound = bind_recurrence(Signature(recurrence), dict(zip("qkv", rows, strict=True)), state, None, 0, inputs)
+    found = SequentialKernels(recurrence, target, ()).run(*rows, bound)
+    exact = evaluate(recurrence, *rows, inputs, state)
+    for what, a, b in zip(("o", "state"), found, exact, strict=True):
+        assert_close(what, a, b, b.to(a.dtype))
+    upstream = upstream_of(found)
+    for a, b in zip(gradients(found, leaves, upstream), gradients(exact, leaves, upstream), strict=True):
+        assert_close("gradient", a, b.to(F64), b)
+
+
 # Gradients.
+
+
+def upstream_of(results: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Gradients of results, exact in their types."""
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(x.shape, generator=generator, dtype=F64).to(x.dtype).to(F64) for x in results]
 
 
 def gradients(results: tuple[Tensor, Tensor], leaves: list[Tensor], upstream: list[Tensor]) -> tuple[Tensor, ...]:
@@ -210,7 +261,7 @@ def assert_gradients(
     attn = built(case, target)
     found = attn(*rows, initial_state=state, return_state=True, **arguments, **inputs)
     exact = attn.reference(*rows, initial_state=state, return_state=True, **arguments, **inputs)
-    upstream = [torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=F64) for x in exact]
+    upstream = upstream_of(found)
     of_found, of_exact = gradients(found, leaves, upstream), gradients(exact, leaves, upstream)
     # Packed sequences have no formula by hand: the rounding of what is exact sets the standard.
     of_plain = of_exact if arguments else gradients(case.run(*rows, inputs, state), leaves, upstream)

@@ -120,6 +120,13 @@ def test_a_state_too_large_for_a_program_is_refused() -> None:
     assert layout_of(apart).value_block == 2
 
 
+def test_explain_says_what_prevents_a_normal_form_and_what_runs_instead() -> None:
+    text = attncc.build(CASES["bounded"].source).explain()
+    assert "none: `tanh` of what depends on the state is no linear function of it" in text
+    assert "Kernel\n  forward    the statements as they stand, token by token" in text
+    assert "  backward   the same statements in PyTorch" in text
+
+
 @pytest.mark.parametrize("name", ["bounded", "by_value_channels", "softmax_of_keys", "squared"])
 def test_it_compiles_for_a_gpu(name: str) -> None:
     attention = attncc.build(CASES[name].source).attention

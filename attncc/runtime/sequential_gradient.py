@@ -74,10 +74,12 @@ def _of_sequence(
         leaves = [_leaf(_tokens(x, start, end)) for x in (*operands, before)]
         with torch.enable_grad():
             o, after = _stretch(plan, leaves[:-1], leaves[-1], end - start)
+        # Where tokens have no output, nothing is part of it.
+        results = ((o, d_o[:, :, start:end]), (after, d_state)) if plan.writes else ((after, d_state),)
         found = torch.autograd.grad(
-            (o, after),
+            [result for result, _ in results],
             [leaf for leaf in leaves if leaf.requires_grad],
-            (d_o[:, :, start:end], d_state),
+            [gradient for _, gradient in results],
             allow_unused=True,
             materialize_grads=True,
         )
