@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from attncc.emit.cpp_machine import ELEMENT_TYPES, Field, Format
+from attncc.emit.cpp_machine import ELEMENT_TYPES, Field, Format, mangle
 from attncc.emit.cpp_text import tidy
 from attncc.emit.render import fill
+from attncc.emit.staging_cpp import StagingText
 from attncc.ir.types import DType
 from attncc.plan.recurrent import CorePlan
 
@@ -144,12 +145,23 @@ def erasing_updates(plan: CorePlan) -> list[NumberedUpdate]:
 
 def render_core(plan: CorePlan, templates: Sequence[Path] = ()) -> str:
     """The source of a kernel. Raises BuildError where its template cannot be rendered."""
-    return fill(f"{plan.kernel}.cpp.jinja", plan, plan.name, plan.target, _FILTERS, templates)
+    staging = {} if plan.staging is None else StagingText(plan, core_machine(plan)).filters()
+    return fill(f"{plan.kernel}.cpp.jinja", plan, plan.name, plan.target, {**_FILTERS, **staging}, templates)
+
+
+def _elements(plan: CorePlan) -> list[str]:
+    """The C++ types of all elements that a kernel reads or writes."""
+    inputs = () if plan.staging is None else plan.staging.inputs
+    return list(
+        dict.fromkeys(ELEMENT_TYPES[dtype] for dtype in (plan.dtype, plan.state_dtype, *(x.dtype for x in inputs)))
+    )
 
 
 _FILTERS: Mapping[str, Callable[..., object]] = {
     "core_machine": core_machine,
     "core_arguments": core_fields,
+    "core_elements": _elements,
+    "name": mangle,
     "known_updates": known_updates,
     "erasing_updates": erasing_updates,
     "tidy": tidy,
