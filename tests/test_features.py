@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from attncc.ir.recurrence import QUERY, STATE, VALUE, Bind, Output, Recurrence, 
 from attncc.ir.recurrence_verify import verify_recurrence
 from attncc.passes.normal_form import NormalForm, normal_form
 from attncc.recurrent_reference import evaluate
+from attncc.runtime.arguments import Sizes, size_function
 
 B, H, N, D, E, R = 2, 3, 6, 4, 3, 5
 torch.manual_seed(0)
@@ -104,6 +106,51 @@ def test_weights_are_products_of_features(name: str, causal: bool) -> None:
         assert torch.allclose(o, weighted(q, k, causal=causal, normalized=normalized), rtol=1e-9, atol=1e-9)
         columns = torch.cat([V, torch.ones(B, H, N, 1, dtype=V.dtype)], -1) if normalized else V
         assert torch.allclose(state, k.mT @ columns)
+
+
+# Random maps: what is written, and what it makes of rows (B, H, N, width) at positions (N, 1).
+
+Map: TypeAlias = tuple[str, Callable[[Tensor], Tensor], int]
+POSITIONS = torch.arange(N, dtype=torch.float64)[:, None]
+ROW: Map = ("x", lambda x: x, D)
+
+
+@st.composite
+def maps(draw: st.DrawFn, depth: int = 3) -> Map:
+    if depth == 0:
+        return ROW
+    text, f, width = draw(maps(depth=depth - 1))
+    other, g, other_width = draw(maps(depth=draw(st.integers(0, depth - 1))))
+    unary: list[Map] = [
+        (f"sigmoid({text})", lambda x: f(x).sigmoid(), width),
+        (f"({text}) * cos(q_idx)", lambda x: f(x) * POSITIONS.cos(), width),
+        (f"({text}) / (1 + norm({text}))", lambda x: f(x) / (1 + f(x).norm(dim=-1, keepdim=True)), width),
+        (f"relu({text} - max({text}) / 2)", lambda x: (f(x) - f(x).amax(-1, keepdim=True) / 2).relu(), width),
+        (f"concat({text}, {other})", lambda x: torch.cat([f(x), g(x)], -1), width + other_width),
+    ]
+
+    def product(x: Tensor) -> Tensor:
+        return (f(x)[..., :, None] * g(x)[..., None, :]).flatten(-2)
+
+    if width == D:
+        unary += [(f"({text}) @ W[h]", lambda x: f(x) @ W, R), (f"U @ ({text})", lambda x: f(x) @ U.mT, R)]
+    if width == R:
+        unary += [(f"({text}) @ U", lambda x: f(x) @ U, D)]
+    if width == other_width:
+        unary += [(f"({text}) * (({other}) @ ({text}))", lambda x: f(x) * (g(x) * f(x)).sum(-1, keepdim=True), width)]
+    if width * other_width <= 40:
+        unary += [(f"outer({text}, {other})", product, width * other_width)]
+    return draw(st.sampled_from(unary))
+
+
+@given(maps(), st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_random_maps(made: Map, causal: bool) -> None:
+    text, phi, width = made
+    recurrence = checked(f"feature = {text}", *(["mask = causal"] if causal else []))
+    assert size_function(recurrence.key_width)(Sizes(B, H, H, N, N, D, E)) == width
+    o, _ = run(recurrence)
+    assert torch.allclose(o, weighted(phi(Q), phi(K), causal=causal, normalized=False), rtol=1e-9, atol=1e-9), text
 
 
 def test_features_of_q_and_k_may_differ_and_come_after_row_transforms() -> None:

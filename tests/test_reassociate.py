@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,10 +11,12 @@ from hypothesis import strategies as st
 
 import attncc
 from attncc import recurrent_reference, reference
-from attncc.ir.nodes import Attention
+from attncc.ir.nodes import Apply, Attention, Constant, Elementwise, Expr
 from attncc.ir.recurrence import Recurrence
 from attncc.ir.recurrence_verify import verify_recurrence
+from attncc.ir.rewrite import kind_of, map_children
 from attncc.ir.text import to_text
+from attncc.ir.types import Kind
 from attncc.passes.normal_form import NormalForm, normal_form
 from attncc.passes.reassociate import Refusal, recurrence_of
 
@@ -94,6 +98,43 @@ def test_separable_weights_are_recurrences(
     form = normal_form(found)
     assert isinstance(form, NormalForm)
     assert form.side == ("scalar" if decays else "none")
+
+
+@given(st.lists(DECAYS, min_size=1, max_size=2), st.lists(FACTORS, max_size=1), st.data())
+@settings(deadline=None, max_examples=40)
+def test_rewritings_of_a_weight_are_the_same_recurrence(
+    decays: list[str], factors: list[str], data: st.DataObject
+) -> None:
+    attention = attention_of(" * ".join(["qk", *decays, *factors]))
+    assert isinstance(attention.normalizer, Elementwise)
+    weight = rewritten(attention.normalizer.weight, data.draw)
+    found = assert_same(replace(attention, normalizer=Elementwise(weight)))
+    assert normal_form(found).side == "scalar"
+
+
+def rewritten(expr: Expr, draw: st.DrawFn) -> Expr:
+    """The same value, written otherwise: commuted, reassociated, multiplied out, or with quotients for products."""
+    expr = map_children(expr, lambda child: rewritten(child, draw))
+    if kind_of(expr) is not Kind.FLOAT or not isinstance(expr, Apply) or not draw(st.booleans()):
+        return expr
+    one = Constant(1.0)
+    match expr:
+        case Apply(op="mul", args=(a, Apply(op="mul", args=(b, c)))):
+            return Apply("mul", (Apply("mul", (b, a)), c))
+        case Apply(op="mul", args=(a, Apply(op="exp" | "pow") as b)) if draw(st.booleans()):
+            return Apply("div", (a, Apply("div", (one, b))))
+        case Apply(op="mul", args=(a, b)):
+            return Apply("mul", (b, a))
+        case Apply(op="sub", args=(a, b)):
+            return Apply("add", (Apply("neg", (b,)), a))
+        case Apply(op="add", args=(a, b)):
+            return Apply("sub", (b, Apply("neg", (a,))))
+        case Apply(op="exp", args=(Apply(op="add", args=(a, b)),)):
+            return Apply("mul", (Apply("exp", (a,)), Apply("exp", (b,))))
+        case Apply(op="to_float", args=(Apply(op="sub", args=(a, b)),)):
+            return Apply("sub", (Apply("to_float", (a,)), Apply("to_float", (b,))))
+        case _:
+            return expr
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,9 @@ class _Body(RecurrentBody):
 
     def is_causal(self) -> bool:
         """Whether each query sees the keys up to its own; all of them otherwise."""
+        before = len(self.reporter.errors)
         mask = self.mask()
-        if "mask" in self.clauses and not is_causal(mask) and not is_true(mask):
+        if len(self.reporter.errors) == before and not is_causal(mask) and not is_true(mask):
             self._refuse(self.clauses["mask"])
         return not is_true(mask)
 
