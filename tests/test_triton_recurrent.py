@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recurrent_core import core
-from triton_recurrent_support import UPDATES, check_forward, compiled, draw, draw_state, plan_of
+from triton_recurrent_support import CASES, calls, check_forward, compiled, draw, draw_state, plan_of
 
 from attncc.ir.types import DType
 
-SIDES = ("none", "scalar", "key", "value")
-CASES = [
-    (updates, side, before, read)
-    for updates, side, (before, read) in itertools.product(
-        UPDATES, SIDES, ((False, "post"), (True, "pre"), (True, "post"), (False, "pre"))
-    )
-    if not (side == "value" and any(update.erase for update in UPDATES[updates]))
-]
 BOTH_WAYS = [(True, "pre"), (False, "post")]
 # One plan of each kind of code for each side.
 QUICK = [case for case in CASES if case[0] in ("write", "erase and write") and case[2:] in BOTH_WAYS]
@@ -138,17 +128,4 @@ def test_drawn_at_length(data: st.DataObject) -> None:
 
 
 def check_drawn(data: st.DataObject) -> None:
-    updates, side, before, read = data.draw(st.sampled_from(CASES))
-    widths = data.draw(st.tuples(st.integers(1, 24), st.integers(1, 24)))
-    dtype = data.draw(st.sampled_from([DType.F32, DType.F32, DType.BF16, DType.F64]))
-    plan = plan_of(updates, side, before=before, read=read, dtype=dtype, widths=widths)
-    batch = data.draw(st.integers(1, 2))
-    tokens = data.draw(st.integers(0, 70))
-    offsets = None
-    if batch == 1 and data.draw(st.booleans()):
-        offsets = [0, *sorted(data.draw(st.lists(st.integers(0, tokens), max_size=3))), tokens]
-    decay, forget = data.draw(st.sampled_from([(0.05, 0.0), (1.0, 0.0), (10.0, 0.1), (40.0, 0.0)]))
-    operands = draw(plan, tokens, batch=batch, heads=1, decay=decay, forget=forget, seed=data.draw(st.integers(0, 99)))
-    sequences = batch if offsets is None else len(offsets) - 1
-    state = draw_state(plan, sequences, 1) if data.draw(st.booleans()) else None
-    check_forward(plan, operands, state, offsets)
+    check_forward(*data.draw(calls(CASES)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
+from hypothesis import strategies as st
 from recurrent_core import core
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
@@ -28,6 +30,15 @@ UPDATES = {
     "erase and write": (ERASE, WRITE),
     "three": (DELTA, WRITE, DELTA),
 }
+CASES = [
+    (updates, side, before, read)
+    for updates, side, (before, read) in itertools.product(
+        UPDATES,
+        ("none", "scalar", "key", "value"),
+        ((False, "post"), (True, "pre"), (True, "post"), (False, "pre")),
+    )
+    if not (side == "value" and any(update.erase for update in UPDATES[updates]))
+]
 FOLDER = Path(tempfile.mkdtemp(prefix="attncc-recurrent-"))
 
 
@@ -144,10 +155,8 @@ def check_forward(
     offsets: list[int] | None = None,
 ) -> None:
     """The outputs and the last state are as close to the oracle's as the error rule asks."""
-    batch, heads, tokens, _ = operands.query.shape
-    o = torch.full((batch, heads, tokens, plan.value_width), torch.nan, dtype=operands.query.dtype)
-    sequences = batch if offsets is None else len(offsets) - 1
-    last = torch.full_like(draw_state(plan, sequences, heads), torch.nan)
+    o = torch.full((*operands.query.shape[:3], plan.value_width), torch.nan, dtype=operands.query.dtype)
+    last = torch.full_like(draw_state(plan, _sequences(operands, offsets), operands.query.shape[1]), torch.nan)
     given = None if offsets is None else torch.tensor(offsets)
     compiled(plan).forward(operands, initial_state, given, o, last)
     exact = core(plan, operands, initial_state, offsets)
@@ -155,3 +164,75 @@ def check_forward(
     for name, found, oracle, simple in zip(("o", "state"), (o, last), exact, standard, strict=True):
         message = compare(name, found, oracle, simple) if oracle.numel() else None
         assert message is None, f"{plan}: {message}"
+
+
+def check_backward(
+    plan: CorePlan,
+    operands: Operands,
+    initial_state: Tensor | None = None,
+    offsets: list[int] | None = None,
+) -> None:
+    """The gradient of each operand and of the initial state, against those of the oracle, by the error rule."""
+    sequences, heads = _sequences(operands, offsets), operands.query.shape[1]
+    state = torch.zeros_like(draw_state(plan, sequences, heads)) if initial_state is None else initial_state
+    generator = torch.Generator().manual_seed(2)
+    shape = (*operands.query.shape[:3], plan.value_width)
+    d_o = torch.randn(shape, generator=generator).to(operands.query.dtype)
+    d_last = torch.randn(state.shape, generator=generator).to(state.dtype)
+    given = None if offsets is None else torch.tensor(offsets)
+    found, d_state = compiled(plan).backward(operands, initial_state, given, d_o, d_last)
+    exact = _gradients(core, plan, operands, state, offsets, d_o, d_last)
+    standard = _gradients(plain, plan, operands, state, offsets, d_o, d_last)
+    for number, x in enumerate([*found.tensors, d_state]):
+        if x is not None and x.numel():
+            message = compare(f"gradient {number}", x, exact[number].double(), standard[number])
+            assert message is None, f"{plan}: {message}"
+
+
+def _gradients(
+    function: Callable[..., tuple[Tensor, Tensor]],
+    plan: CorePlan,
+    operands: Operands,
+    state: Tensor,
+    offsets: list[int] | None,
+    d_o: Tensor,
+    d_last: Tensor,
+) -> list[Tensor]:
+    """Those of all operands and the state, in their order; an empty tensor for an operand that is not there."""
+    wide = function is core
+    given = [
+        x if x is None else (x.double() if wide else x).detach().requires_grad_() for x in (*operands.tensors, state)
+    ]
+    o, last = function(plan, Operands.of(tuple(given[:-1])), given[-1], offsets)
+    there = [x for x in given if x is not None]
+    gradients = iter(
+        torch.autograd.grad(
+            (o, last), there, (d_o.to(o.dtype), d_last.to(last.dtype)), allow_unused=True, materialize_grads=True
+        )
+    )
+    return [torch.empty(0) if x is None else next(gradients) for x in given]
+
+
+def _sequences(operands: Operands, offsets: list[int] | None) -> int:
+    return operands.query.shape[0] if offsets is None else len(offsets) - 1
+
+
+@st.composite
+def calls(
+    draw_from: st.DrawFn, cases: Sequence[tuple[str, str, bool, str]], most: int = 70
+) -> tuple[CorePlan, Operands, Tensor | None, list[int] | None]:
+    """A plan, and operands, state and offsets for it."""
+    updates, side, before, read = draw_from(st.sampled_from(cases))
+    dtype = draw_from(st.sampled_from([DType.F32, DType.F32, DType.BF16, DType.F64]))
+    # A state of a few numbers may be small by luck, which is no standard for sums of numbers with 8 bits.
+    width = st.integers(12 if dtype is DType.BF16 else 1, 24)
+    plan = plan_of(updates, side, before=before, read=read, dtype=dtype, widths=draw_from(st.tuples(width, width)))
+    batch, tokens = draw_from(st.integers(1, 2)), draw_from(st.integers(0, most))
+    offsets = None
+    if batch == 1 and draw_from(st.booleans()):
+        offsets = [0, *sorted(draw_from(st.lists(st.integers(0, tokens), max_size=3))), tokens]
+    decay, forget = draw_from(st.sampled_from([(0.05, 0.0), (1.0, 0.0), (10.0, 0.1), (40.0, 0.0)]))
+    seed = draw_from(st.integers(0, 99))
+    operands = draw(plan, tokens, batch=batch, heads=1, decay=decay, forget=forget, seed=seed)
+    state = draw_state(plan, _sequences(operands, offsets), 1) if draw_from(st.booleans()) else None
+    return plan, operands, state, offsets

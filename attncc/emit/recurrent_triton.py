@@ -28,7 +28,8 @@ class CoreLayout:
     chunk         tokens between two states that are stored
     key_padded    key channels, up to a power of two; value_padded: of values; decay_padded: of log_decay
     decay_width   numbers of log_decay for each token; 0 where there is none
-    value_tile    value channels of a program of `states`; output_tile: of `outputs`; step_tile: of `step`
+    value_tile    value channels of a program of `states` and `reverse`; output_tile: of `outputs`; step_tile: of `step`
+    gradient_tile, key_tile: value channels, and key channels, of a step of loops over all of them in a backward pass
     """
 
     slots: int
@@ -41,6 +42,8 @@ class CoreLayout:
     value_tile: int
     output_tile: int
     step_tile: int
+    gradient_tile: int
+    key_tile: int
 
     @property
     def rows(self) -> int:
@@ -77,6 +80,8 @@ def layout_of(plan: CorePlan) -> CoreLayout:
         value_tile=min(value_padded, _value_tile(plan)),
         output_tile=value_padded if plan.side == "value" else min(value_padded, 16 if plan.dtype in _EXACT else 64),
         step_tile=min(value_padded, 32),
+        gradient_tile=min(value_padded, 64),
+        key_tile=min(_padded(plan.key_width), 64),
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,8 @@ class TritonCore:
         assert not (plan.side == "value" and plan.erasing), "no update form decays by value channel and erases"
         self.plan = plan
         self.layout = layout_of(plan)
-        self.module = LoadedModule(plan, render_core(plan, templates), folder)
-        self.functions = {function.name.removeprefix(f"{plan.name}_"): function for function in self.module.functions}
+        self._forward = _Kernels(plan, templates, folder)
+        self._backward = functools.cache(lambda: _Kernels(_backward_of(plan), templates, folder))
 
     def forward(
         self,
@@ -87,12 +87,66 @@ class TritonCore:
         if call.tokens <= _STEPS * sequences:
             programs = call.batch * call.heads * sequences * (self.layout.value_padded // self.layout.step_tile)
             ends = {"initial_state": initial_state, "o": o, "final_state": final_state}
-            self._run("step", programs, call, {**ends, "offsets": call.schedule.offsets})
+            self._forward.run("step", programs, call, {**ends, "offsets": call.schedule.offsets})
             return
         workspaces = {**self._states(call, initial_state, final_state), "o": o}
         tiles = self.layout.value_padded // self.layout.output_tile
         tiles *= self.layout.blocks if self.plan.side == "value" else 1
-        self._run("outputs", self._chunks(call) * tiles, call, workspaces)
+        self._forward.run("outputs", self._chunks(call) * tiles, call, workspaces)
+
+    def backward(
+        self,
+        operands: Operands,
+        initial_state: Tensor | None,
+        offsets: Tensor | None,
+        d_o: Tensor,
+        d_state: Tensor | None,
+    ) -> tuple[Operands, Tensor]:
+        call = self._call(operands, offsets)
+        initial_state = self._state(call) if initial_state is None else initial_state
+        d_state = self._state(call) if d_state is None else d_state
+        workspaces = self._states(call, initial_state, torch.empty_like(initial_state))
+        d_initial_state = torch.empty_like(initial_state)
+        gradients = Operands.of(tuple(x if x is None else _like(x) for x in operands.tensors))
+        workspaces |= {"d_o": d_o, "d_final_state": d_state, "d_initial_state": d_initial_state}
+        workspaces |= {f"d_{name}": x for name, x in _named(gradients).items()}
+        workspaces |= self._gradient_workspaces(call, workspaces)
+        programs = self._programs(call)
+        for function in self._backward().functions:
+            self._backward().run(function, programs[function], call, workspaces)
+        return gradients, d_initial_state
+
+    def _programs(self, call: Call) -> dict[str, int]:
+        """How many programs each function of a backward pass has."""
+        chunks, by_value = self._chunks(call), self.plan.side == "value"
+        sequences = call.batch * call.heads * call.schedule.sequences
+        blocks = chunks * self.layout.blocks
+        return {
+            "pair_gradients": blocks if by_value else chunks,
+            "reverse": sequences * (self.layout.value_padded // self.layout.value_tile),
+            "read_gradients": blocks,
+            "update_gradients": blocks,
+            "value_gradients": blocks,
+            "decay_gradients": chunks,
+        }
+
+    def _gradient_workspaces(self, call: Call, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the kernels of the backward pass leave for each other."""
+        layout, chunks = self.layout, self._chunks(call)
+        workspaces = {
+            "d_states": given["states"].new_empty((chunks, layout.key_padded, layout.value_padded)),
+            "d_query_pairs": torch.empty_like(given["query_pairs"]),
+        }
+        if self.plan.side == "value":
+            workspaces["d_outputs"] = given["updates"].new_empty((chunks, layout.chunk, layout.value_padded))
+        if self.plan.erasing:
+            workspaces["d_updates"] = torch.empty_like(given["updates"])
+            workspaces["d_erase_pairs"] = torch.empty_like(given["inverses"])
+        if self.plan.side != "none":
+            rows = {"read": layout.chunk, "update": layout.rows} | ({"erase": layout.rows} if self.plan.erasing else {})
+            for name, count in rows.items():
+                workspaces[f"{name}_decays"] = given["decays"].new_empty((chunks, count, layout.decay_padded))
+        return workspaces
 
     def _states(self, call: Call, initial_state: Tensor, final_state: Tensor) -> dict[str, Tensor]:
         """Everything up to the states before chunks: what `outputs` and the backward pass start from."""
@@ -118,11 +172,11 @@ class TritonCore:
             workspaces["erase_pairs"] = initial_state.new_empty((chunks, layout.rows, layout.rows))
             workspaces["erases"] = stored(layout.rows, layout.key_padded)
             workspaces["inverses"] = stored(layout.rows, layout.rows)
-        self._run("pairs", chunks * layout.blocks, call, workspaces)
+        self._forward.run("pairs", chunks * layout.blocks, call, workspaces)
         if self.plan.erasing:
-            self._run("solve", chunks, call, workspaces)
+            self._forward.run("solve", chunks, call, workspaces)
         sequences = call.batch * call.heads * call.schedule.sequences
-        self._run("states", sequences * (layout.value_padded // layout.value_tile), call, workspaces)
+        self._forward.run("states", sequences * (layout.value_padded // layout.value_tile), call, workspaces)
         return workspaces
 
     def _chunks(self, call: Call) -> int:
@@ -135,17 +189,22 @@ class TritonCore:
         return query.new_zeros(shape, dtype=torch.promote_types(query.dtype, torch.float32))
 
     def _call(self, operands: Operands, offsets: Tensor | None) -> Call:
-        tensors = {"query": _rows(operands.query)}
-        for kind, of_updates in (("key", operands.keys), ("value", operands.values), ("erase", operands.erases)):
-            tensors |= {f"{kind}_{i}": _rows(x) for i, x in enumerate(of_updates) if x is not None}
-        if operands.log_decay is not None:
-            tensors["log_decay"] = operands.log_decay.contiguous()
+        tensors = {name: x.contiguous() if name == "log_decay" else _rows(x) for name, x in _named(operands).items()}
         batch, heads, tokens, _ = operands.query.shape
         device, chunk = operands.query.device, self.layout.chunk
         schedule = _whole(tokens, chunk, device) if offsets is None else schedule_of(offsets, tokens, chunk)
         return Call(tensors, batch, heads, tokens, schedule)
 
-    def _run(self, name: str, programs: int, call: Call, workspaces: Mapping[str, Tensor]) -> None:
+
+class _Kernels:
+    """The functions of one generated module."""
+
+    def __init__(self, plan: CorePlan, templates: Sequence[Path], folder: Path) -> None:
+        self.module = LoadedModule(plan, render_core(plan, templates), folder)
+        self.functions = {function.name.removeprefix(f"{plan.name}_"): function for function in self.module.functions}
+
+    def run(self, name: str, programs: int, call: Call, workspaces: Mapping[str, Tensor]) -> None:
+        """Launches a function with operands, workspaces and sizes by the names of its parameters."""
         function, schedule = self.functions[name], call.schedule
         tensors = {**call.operands, **workspaces, "chunks": schedule.chunks, "first_chunks": schedule.first_chunks}
         strides = {
@@ -181,6 +240,23 @@ def _whole(tokens: int, chunk: int, device: torch.device) -> Schedule:
     return schedule_of(torch.tensor([0, tokens], device=device), tokens, chunk)
 
 
+def _backward_of(plan: CorePlan) -> CorePlan:
+    return replace(plan, kernel="recurrent_backward", name=f"{plan.name}_backward")
+
+
+def _named(operands: Operands) -> dict[str, Tensor]:
+    """Operands by the names of parameters."""
+    tensors: dict[str, Tensor | None] = {"query": operands.query, "log_decay": operands.log_decay}
+    for kind, of_updates in (("key", operands.keys), ("value", operands.values), ("erase", operands.erases)):
+        tensors |= {f"{kind}_{i}": x for i, x in enumerate(of_updates)}
+    return {name: x for name, x in tensors.items() if x is not None}
+
+
 def _rows(x: Tensor) -> Tensor:
     """An operand, the channels of a token one after the other."""
     return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _like(x: Tensor) -> Tensor:
+    """A gradient of x, not written yet."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)

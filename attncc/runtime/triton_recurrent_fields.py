@@ -10,18 +10,17 @@ from attncc.runtime.triton_fields import TYPES, Field, Function, Role
 
 # Numbers of tokens and chunks; sums and states; whatever else is no operand is stored like one.
 _WHOLE = frozenset({"chunks", "first_chunks", "offsets"})
-_WIDE = frozenset({"log_decay", "erase_pairs", "decays", "initial_state", "final_state"})
-# Their first bytes are the caller's.
-_UNALIGNED = frozenset({"initial_state", "final_state", *_WHOLE})
+_STATES = frozenset({"initial_state", "final_state", "d_initial_state", "d_final_state"})
+_WIDE = _STATES | {"log_decay", "d_log_decay", "erase_pairs", "decays", "read_decays", "erase_decays", "update_decays"}
 
 
 def core_functions(plan: CorePlan) -> tuple[Function, ...]:
-    """The functions of the module that `plan` renders to."""
-    return _forward_functions(plan)
+    """The functions of the module that `plan` renders to, in the order of launch."""
+    return _backward_functions(plan) if plan.kernel == "recurrent_backward" else _forward_functions(plan)
 
 
 def _forward_functions(plan: CorePlan) -> tuple[Function, ...]:
-    names, values = operand_names(plan), tuple(name for _, name in slots_of(plan, "value"))
+    names, values = operand_names(plan), names_of(plan, "value")
     by_value = plan.side == "value"
     log_decay, decays = (["log_decay"], ["decays"]) if plan.side != "none" else ([], [])
     corrected = ["updates"] if plan.erasing or by_value else []
@@ -48,6 +47,64 @@ def _forward_functions(plan: CorePlan) -> tuple[Function, ...]:
     )
 
 
+def _backward_functions(plan: CorePlan) -> tuple[Function, ...]:
+    keys, values, erases = (names_of(plan, kind) for kind in ("key", "value", "erase"))
+    by_key, by_value = plan.side in {"scalar", "key"}, plan.side == "value"
+    decays = ["decays"] if plan.side != "none" else []
+    own_values = [] if plan.erasing else values
+
+    def function(name: str, pointers: Sequence[str], strided: Sequence[str], *sizes: str) -> Function:
+        return _function(plan, name, pointers, strided, sizes)
+
+    def where(condition: bool, *pointers: str) -> list[str]:
+        return list(pointers) if condition else []
+
+    reverse = [*(["d_outputs"] if by_value else ["d_o", "query_pairs", "keys"]), "queries"]
+    reverse += [*where(plan.erasing, "erases", "inverses", "d_updates"), *decays]
+    reverse += ["d_final_state", "d_states", "d_initial_state", *([] if by_value else gradients(values))]
+    reverse += ["chunks", "first_chunks"]
+    pairs = ["d_o", *where(plan.erasing, "updates", "d_updates", "d_erase_pairs"), "d_query_pairs", "chunks"]
+    pairs += own_values
+    reads = ["query", *keys, *(erases if by_key else [])]
+    read = [*reads, *where(by_key, "log_decay"), "d_outputs" if by_value else "d_o", "states", "d_query_pairs"]
+    read += [*where(plan.erasing, "d_updates", "d_erase_pairs"), "d_query", *gradients(erases)]
+    read += [*where(by_key, "read_decays"), *where(by_key and plan.erasing, "erase_decays"), "chunks"]
+    reads_of_update = ["query", *(keys if by_key else []), *erases, *([] if by_value else own_values)]
+    update = [*reads_of_update, *where(by_key, "log_decay"), *where(plan.erasing or by_value, "updates"), "d_states"]
+    update += ["d_query_pairs", *where(plan.erasing, "d_erase_pairs"), *gradients(keys)]
+    update += [*where(by_key, "update_decays"), "chunks"]
+    of_pairs = function("pair_gradients", pairs, own_values, "H", "N", "chunk_count")
+    of_values: list[Function] = []
+    if by_value:
+        pairs = [*values, "log_decay", "queries", "query_pairs", "states", "d_o", "d_query_pairs", "d_outputs"]
+        pairs += ["read_decays", "chunks"]
+        of_pairs = function("pair_gradients", pairs, values, "H", "N", "chunk_count", "sequences")
+        value = [*values, "log_decay", "keys", "query_pairs", "d_o", "d_states", *gradients(values)]
+        of_values = [function("value_gradients", [*value, "update_decays", "chunks"], values, "H", "N", "chunk_count")]
+    of_states = function("reverse", reverse, (), "H", "N", "chunk_count", "sequences")
+    functions = [
+        *((of_pairs, of_states) if by_value else (of_states, of_pairs)),
+        function("read_gradients", read, reads, "H", "N", "chunk_count", "sequences"),
+        function("update_gradients", update, reads_of_update, "H", "N", "chunk_count"),
+        *of_values,
+    ]
+    if plan.side != "none":
+        decay = ["states", "d_states", "read_decays", *where(plan.erasing, "erase_decays"), "update_decays"]
+        pointers = [*decay, "d_log_decay", "chunks"]
+        functions.append(function("decay_gradients", pointers, (), "H", "N", "chunk_count", "sequences"))
+    return tuple(functions)
+
+
+def names_of(plan: CorePlan, kind: str) -> list[str]:
+    """The operands of one kind of updates."""
+    return [name for _, name in slots_of(plan, kind)]
+
+
+def gradients(names: Sequence[str]) -> list[str]:
+    """The parameters that gradients of operands are written to."""
+    return [f"d_{name}" for name in names]
+
+
 def _function(
     plan: CorePlan, name: str, pointers: Sequence[str], strided: Sequence[str], sizes: Sequence[str]
 ) -> Function:
@@ -68,4 +125,5 @@ def _pointer(plan: CorePlan, name: str) -> str:
 
 
 def _role(name: str) -> Role:
-    return Role.OTHER if name in _UNALIGNED else Role.OPERAND
+    # Where a state begins is up to the caller.
+    return Role.OTHER if name in _WHOLE | _STATES else Role.OPERAND
