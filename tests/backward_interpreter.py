@@ -13,7 +13,7 @@ from attncc.ir.rewrite import map_children, substitute
 from attncc.plan.nodes import GROUP_SIZE, BackwardPlan, BackwardProgram, Binding, RowsPlan
 from attncc.reference import Scope, value
 from attncc.runtime.arguments import Bound
-from attncc.runtime.backward import Gradients
+from attncc.runtime.backward import Gradients, Results
 
 F64 = torch.float64
 
@@ -24,17 +24,7 @@ class Interpreter:
     def __init__(self, program: BackwardProgram) -> None:
         self.program = program
 
-    def run(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bound: Bound,
-        o: Tensor,
-        total: Tensor | None,
-        do: Tensor,
-        dtotal: Tensor | None,
-    ) -> Gradients:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound, results: Results) -> Gradients:
         sizes, offset = bound.sizes, bound.q_offset
         group = sizes.H // sizes.HKV
         scope = Scope(
@@ -44,6 +34,7 @@ class Interpreter:
             [],
             {},
             {},
+            axes={"d": -1},
         )
         x = {"q": q, "k": k, "v": v}
         rows = {name: _per_query_head(rows, sizes.H) for name, rows in x.items()}
@@ -51,13 +42,13 @@ class Interpreter:
             rows[plan.row] = self._each_head(rows[plan.row], plan, None, scope, offset)
         upstream = {name: torch.zeros_like(rows[name]) for name in rows}
         adjoints = [_zeros(adjoint.along, bound, adjoint.part) for adjoint in self.program.backward.adjoints]
-        delta = (do * o).sum(-1)
-        if total is not None and dtotal is not None and self.program.backward.normalizer == "softmax":
-            delta = delta - dtotal
+        delta = (results.do * results.o).sum(-1)
+        if results.dtotal is not None and self.program.backward.normalizer == "softmax":
+            delta = delta - results.dtotal
         for b in range(sizes.B):
             for h in range(sizes.H):
                 at_head = replace(scope, indices=_head(b, h, group))
-                self._head(b, h, rows, upstream, adjoints, at_head, delta, total, do, dtotal)
+                self._head(b, h, rows, upstream, adjoints, at_head, delta, results)
         gradients = dict(upstream)
         for plan in self.program.transposed:
             gradients[plan.row] = self._each_head(_per_query_head(x[plan.row], sizes.H), plan, upstream, scope, offset)
@@ -107,9 +98,7 @@ class Interpreter:
         adjoints: list[Tensor],
         scope: Scope,
         delta: Tensor,
-        total: Tensor | None,
-        do: Tensor,
-        dtotal: Tensor | None,
+        results: Results,
     ) -> None:
         plan = self.program.backward
         q, k, v = rows["q"][b, h], rows["k"][b, h], rows["v"][b, h]
@@ -133,10 +122,11 @@ class Interpreter:
         if plan.dropout is not None:
             (dropout,) = inlined((*levels, plan.dropout.bindings), [plan.dropout.value])
             multiplier = value(dropout, at_pairs)
-        dp = multiplier * (do[b, h][row] * v[column]).sum(-1)
-        p, df = _weights(plan, f * scale if plan.fold_scale else f, dp, delta[b, h][row], b, h, row, total, dtotal)
+        do = results.do[b, h][row]
+        dp = multiplier * (do * v[column]).sum(-1)
+        p, df = _weights(plan, f * scale if plan.fold_scale else f, dp, delta[b, h][row], b, h, row, results)
         ddot = df * by_dot * factor
-        upstream["v"][b, h].index_add_(0, column, (multiplier * p)[:, None] * do[b, h][row])
+        upstream["v"][b, h].index_add_(0, column, (multiplier * p)[:, None] * do)
         upstream["q"][b, h].index_add_(0, row, ddot[:, None] * k[column])
         upstream["k"][b, h].index_add_(0, column, ddot[:, None] * q[row])
         for adjoint, entries, partial in zip(plan.adjoints, adjoints, by_parts, strict=True):
@@ -166,20 +156,19 @@ def _weights(
     b: int,
     h: int,
     row: Tensor,
-    total: Tensor | None,
-    dtotal: Tensor | None,
+    results: Results,
 ) -> tuple[Tensor, Tensor]:
     """Weight and gradient of each pair's value."""
     if plan.normalizer == "none":
         return f, dp
-    assert total is not None
+    assert results.total is not None
+    total = results.total[b, h][row]
     if plan.normalizer == "softmax":
-        p = torch.exp(f - total[b, h][row]).where(total[b, h][row] > -torch.inf, 0.0)
+        p = torch.exp(f - total).where(total > -torch.inf, 0.0)
         return p, p * (dp - delta)
-    sums = total[b, h][row]
-    of_sum = 0.0 if dtotal is None else dtotal[b, h][row]
-    nothing = sums == 0
-    return (f / sums).where(~nothing, 0.0), ((dp - delta) / sums + of_sum).where(~nothing, 0.0)
+    of_sum = 0.0 if results.dtotal is None else results.dtotal[b, h][row]
+    nothing = total == 0
+    return (f / total).where(~nothing, 0.0), ((dp - delta) / total + of_sum).where(~nothing, 0.0)
 
 
 def inlined(levels: Iterable[Iterable[Binding]], exprs: list[Expr]) -> list[Expr]:

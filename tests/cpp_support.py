@@ -25,7 +25,7 @@ from attncc.ir.nodes import (
 from attncc.plan.nodes import BackwardProgram, Specialization, Target
 from attncc.runtime import cache
 from attncc.runtime.arguments import DTYPES, Bound, Signature
-from attncc.runtime.backward import CompiledBackward, compile_backward
+from attncc.runtime.backward import CompiledBackward, Results, compile_backward
 from attncc.runtime.captured import captured_gradients
 from attncc.runtime.cpp_toolchain import ARCHS, native_arch
 from attncc.runtime.programs import CompiledProgram, compile_program
@@ -126,6 +126,6 @@ def run_backward(
         program, sources = backward_sources_of(spec, specialization, Target("cpp", arch or native_arch()), wanted)
         _backward[key] = program, compile_backward(program, sources, cache.folder())
     program, compiled = _backward[key]
-    found = compiled.run(q, k, v, bound, o, total, do, dtotal)
+    found = compiled.run(q, k, v, bound, Results(o, total, do, dtotal))
     captured = captured_gradients(program, bound, found, total, wanted)
     return {"q": found.dq, "k": found.dk, "v": found.dv, **captured}

@@ -137,6 +137,6 @@ def _transformed(expr: Expr, row: RowName, x: Tensor, scope: Scope, positions: M
             at_rows = {name: index[0, 0] for name, index in positions.items()}
             indices = {**at_head, **at_rows, "d": torch.arange(x.shape[3])[None, :]}
             position = torch.arange(x.shape[2])[:, None]
-            inner = replace(scope, indices=indices, rows={row: x[b, h]}, position=position)
+            inner = replace(scope, indices=indices, rows={row: x[b, h]}, position=position, axes={"d": -1})
             heads.append(value(expr, inner).broadcast_to(x.shape[2:]).to(x.dtype))
     return torch.stack(heads).reshape(x.shape) if heads else x

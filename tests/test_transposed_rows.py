@@ -42,7 +42,12 @@ def at_rows(expr: Expr, x: torch.Tensor, upstream: torch.Tensor, scope: Scope) -
     indices = {name: index[:, None] for name, index in POSITIONS.items()} | {"d": torch.arange(x.shape[1])[None, :]}
     position = torch.arange(ROWS)[:, None]
     inner = replace(
-        scope, indices={**scope.indices, **indices}, rows={"q": x, "k": upstream}, position=position, reads=[]
+        scope,
+        indices={**scope.indices, **indices},
+        rows={"q": x, "k": upstream},
+        position=position,
+        reads=[],
+        axes={"d": -1},
     )
     return value(renamed(expr), inner).broadcast_to(x.shape)
 

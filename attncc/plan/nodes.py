@@ -354,8 +354,8 @@ class BackwardProgram:
     tiles         the tables of `backward`, if it has any
     key_tiles     those of its `key_blocks`
     backward      gradients of the transformed rows, and adjoints
+    row_adjoints  what captured tensors get through transforms, from those
     transposed    gradients of the rows as they came, from those: of q, k, v, where they have a transform
-    row_adjoints  what captured tensors get through transforms
     sink          the sink, where a captured tensor whose gradient is wanted is part of it
     """
 
@@ -363,8 +363,8 @@ class BackwardProgram:
     tiles: TilesPlan | None
     key_tiles: TilesPlan | None
     backward: BackwardPlan
-    transposed: tuple[RowsPlan, ...]
     row_adjoints: tuple[RowAdjoint, ...]
+    transposed: tuple[RowsPlan, ...]
     sink: Expr | None
     specialization: Specialization
     target: Target
@@ -374,7 +374,7 @@ class BackwardProgram:
     def kernels(self) -> tuple[KernelPlan, ...]:
         """In the order of launch."""
         tiles = tuple(plan for plan in (self.tiles, self.key_tiles) if plan is not None)
-        return (*self.rows, *tiles, self.backward, *self.transposed, *(part.rows for part in self.row_adjoints))
+        return (*self.rows, *tiles, self.backward, *(part.rows for part in self.row_adjoints), *self.transposed)
 
     @property
     def spec(self) -> Attention:

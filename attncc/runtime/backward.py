@@ -14,6 +14,21 @@ from attncc.runtime.arguments import Bound
 
 
 @dataclass(frozen=True, slots=True)
+class Results:
+    """What a forward pass has given, and the gradients of that.
+
+    o, do          (B, H, M, E)
+    total, dtotal  (B, H, M): lse for softmax, what each row was divided by for sum, None where nothing is divided.
+                   dtotal None stands for zeros
+    """
+
+    o: Tensor
+    total: Tensor | None
+    do: Tensor
+    dtotal: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class Gradients:
     """What the kernels of a backward pass write.
 
@@ -35,19 +50,8 @@ class Gradients:
 class CompiledBackward(Protocol):
     """The kernels of one backward program."""
 
-    def run(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bound: Bound,
-        o: Tensor,
-        total: Tensor | None,
-        do: Tensor,
-        dtotal: Tensor | None,
-    ) -> Gradients:
-        """q, k, v as the call had them; o and its gradient do (B, H, M, E); total and its gradient (B, H, M): lse for
-        softmax, what each row was divided by for sum, None where nothing is divided. dtotal None stands for zeros."""
+    def run(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound, results: Results) -> Gradients:
+        """From a call and what the forward pass gave it: all that its gradients are made of."""
         ...
 
 

@@ -13,7 +13,7 @@ from attncc.ir.blocks import BlockStructure
 from attncc.passes.variance import variance
 from attncc.plan.nodes import GROUP_SIZE, Adjoint, BackwardProgram, RowsPlan, TilesPlan
 from attncc.runtime.arguments import TORCH_DTYPES, Bound, Sizes
-from attncc.runtime.backward import Gradients
+from attncc.runtime.backward import Gradients, Results
 from attncc.runtime.cpp import CppKernel, compile_kernel
 from attncc.runtime.programs import contiguous
 
@@ -30,17 +30,7 @@ class CppBackward:
         kernels = [compile_kernel(plan, source, folder) for plan, source in zip(plans, sources, strict=True)]
         self._kernels = {plan.name: kernel for plan, kernel in zip(plans, kernels, strict=True)}
 
-    def run(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bound: Bound,
-        o: Tensor,
-        total: Tensor | None,
-        do: Tensor,
-        dtotal: Tensor | None,
-    ) -> Gradients:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound, results: Results) -> Gradients:
         program, plan = self._program, self._program.backward
         call = _Call(bound, program.operand_heads)
         rows = {"q": contiguous(q), "k": contiguous(k), "v": contiguous(v)}
@@ -58,12 +48,12 @@ class CppBackward:
             "v": torch.empty((sizes.B, sizes.HKV, sizes.N, sizes.E), dtype=TORCH_DTYPES[plan.stored.v]),
         }
         values = call.values(inner=True) | tables
-        for name, tensor in {"o": o, "d_o": do}.items():
+        for name, tensor in {"o": results.o, "d_o": results.do}.items():
             keep.append(contiguous(tensor))
             values |= _operand(name, keep[-1])
         for row in ("q", "k", "v"):
             values |= _operand(row, seen[row]) | _operand(f"d{row}", gradients[row])
-        for name, tensor in {"total": total, "dtotal": dtotal}.items():
+        for name, tensor in {"total": results.total, "dtotal": results.dtotal}.items():
             keep.append(torch.empty(0) if tensor is None else tensor.to(exact).contiguous())
             values[name] = 0 if tensor is None else keep[-1].data_ptr()
         delta = torch.zeros((sizes.B, sizes.H, sizes.M), dtype=exact) if plan.writes_delta else None

@@ -17,7 +17,7 @@ from attncc.ir.text import to_text
 from attncc.plan.nodes import BackwardProgram, Program, Specialization, Target
 from attncc.runtime import cache
 from attncc.runtime.arguments import DTYPES, Bound
-from attncc.runtime.backward import CompiledBackward, compile_backward
+from attncc.runtime.backward import CompiledBackward, Results, compile_backward
 from attncc.runtime.captured import captured_gradients
 from attncc.runtime.programs import CompiledProgram, compile_program
 from attncc.runtime.targets import parse, resolve
@@ -102,10 +102,7 @@ class Kernels:
         k: Tensor,
         v: Tensor,
         bound: Bound,
-        o: Tensor,
-        total: Tensor | None,
-        do: Tensor,
-        dtotal: Tensor | None,
+        results: Results,
         wanted: tuple[str, ...],
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """dq, dk, dv, and the gradients of the captured tensors `wanted`, from those of what `forward` has returned."""
@@ -114,8 +111,8 @@ class Kernels:
         if key not in self._backward:
             self._compile_backward(key, q, bound, wanted)
         program, compiled = self._backward[key]
-        found = compiled.run(q, k, v, bound, o, total, do, dtotal)
-        captured = captured_gradients(program, bound, found, total, wanted) if wanted else {}
+        found = compiled.run(q, k, v, bound, results)
+        captured = captured_gradients(program, bound, found, results.total, wanted) if wanted else {}
         return found.dq, found.dk, found.dv, captured
 
     def sources(self, specialization: Specialization, target: Target | None = None) -> Sources:

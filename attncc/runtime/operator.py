@@ -33,6 +33,7 @@ from attncc.ir.nodes import Elementwise
 from attncc.ir.types import Kind
 from attncc.runtime import vmap
 from attncc.runtime.arguments import Bound, Mismatch, Signature
+from attncc.runtime.backward import Results
 from attncc.runtime.errors import NoDerivative
 from attncc.runtime.kernels import Kernels
 from attncc.runtime.refusals import refuse
@@ -158,9 +159,8 @@ def _backward(spec: str, q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor] 
         assert not divides or all(x is None or x.shape == o.shape[:3] for x in (total, dtotal))
         names = tuple(name for name, is_wanted in zip(bound.tensors, wanted or (), strict=True) if is_wanted)
         with _recording():
-            dq, dk, dv, captured = kernels.backward(
-                q, k, v, bound, o, total if divides else None, do, dtotal if divides else None, names
-            )
+            results = Results(o, total if divides else None, do, dtotal if divides else None)
+            dq, dk, dv, captured = kernels.backward(q, k, v, bound, results, names)
         return [dq, dk, dv, *(captured[name] for name in names)]
 
 

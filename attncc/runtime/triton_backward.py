@@ -18,7 +18,7 @@ from attncc.emit.triton_facts import block_rows, delta_rows, diagonal_block, lon
 from attncc.ir.nodes import Load
 from attncc.plan.nodes import GROUP_SIZE, Adjoint, BackwardPlan, BackwardProgram, RowsPlan, TilesPlan, TritonTile
 from attncc.runtime.arguments import TORCH_DTYPES, Bound, Sizes
-from attncc.runtime.backward import Gradients
+from attncc.runtime.backward import Gradients, Results
 from attncc.runtime.captured import add_where_read
 from attncc.runtime.triton import (
     NO_TABLES,
@@ -79,17 +79,7 @@ class TritonBackward:
         self._tiles, self._key_tiles = tiles(program.tiles), tiles(program.key_tiles)
         self._kernels = BackwardKernels(program.backward, modules[program.backward.name])
 
-    def run(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bound: Bound,
-        o: Tensor,
-        total: Tensor | None,
-        do: Tensor,
-        dtotal: Tensor | None,
-    ) -> Gradients:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound, results: Results) -> Gradients:
         sizes, program = bound.sizes, self._program
         bound = bound._replace(scalars=bound.scalars | {GROUP_SIZE: sizes.H // max(sizes.HKV, 1)})
         inner = sizes._replace(HKV=sizes.H) if program.operand_heads == "H" else sizes
@@ -97,18 +87,20 @@ class TritonBackward:
         rows = dict(given)
         for kernel in self._rows:
             rows[kernel.plan.row] = _launch_rows(kernel, given, bound)
-        total = None if total is None else total.contiguous()
-        do = _contiguous(do)
-        delta = self._kernels.delta(_contiguous(o), do, total, dtotal)
+        tables = _tables(self._tiles, inner, bound, q.device)
+        key_tables = _tables(self._key_tiles, inner, bound, q.device)
+        total = None if results.total is None else results.total.contiguous()
+        do = _contiguous(results.do)
+        delta = self._kernels.delta(_contiguous(results.o), do, total, results.dtotal)
         pairs = Pairs(rows["q"], rows["k"], rows["v"], do, total, delta, inner, bound)
-        dk, dv, columns = self._kernels.dkdv(pairs, _tables(self._key_tiles, inner, bound, q.device))
-        dq, others = self._kernels.dq(pairs, _tables(self._tiles, inner, bound, q.device))
+        dk, dv, columns = self._kernels.dkdv(pairs, key_tables)
+        dq, others = self._kernels.dq(pairs, tables)
         sums = columns | others | self._kernels.diagonals(pairs)
 
-        upstream = {"q": dq, "k": dk, "v": dv}
-        gradients = dict(upstream)
+        gradients = {"q": dq, "k": dk, "v": dv}
+        row_adjoints = [_launch_rows(kernel, given, bound, gradients[kernel.plan.row]) for kernel in self._row_adjoints]
         for kernel in self._transposed:
-            gradients[kernel.plan.row] = _launch_rows(kernel, given, bound, upstream[kernel.plan.row])
+            gradients[kernel.plan.row] = _launch_rows(kernel, given, bound, gradients[kernel.plan.row])
         if program.operand_heads == "H":
             group = (sizes.B, sizes.HKV, sizes.H // max(sizes.HKV, 1))
             gradients |= {x: gradients[x].unflatten(1, group[1:]).sum(2).to(q.dtype) for x in ("k", "v")}
@@ -117,7 +109,7 @@ class TritonBackward:
             gradients["k"],
             gradients["v"],
             tuple(sums[number] for number in range(len(program.backward.adjoints))),
-            tuple(_launch_rows(kernel, given, bound, upstream[kernel.plan.row]) for kernel in self._row_adjoints),
+            tuple(row_adjoints),
             delta if program.backward.writes_delta else None,
         )
 
