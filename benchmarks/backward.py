@@ -14,20 +14,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
-from forward import HEADS, LENGTH, ROOT, inputs_of
+from forward import HEADS, LENGTH, ROOT, measure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import attncc
-from attncc.bench import Result, bench
-from attncc.ir.types import DType
-from attncc.peers import Call
-from attncc.runtime.arguments import TORCH_DTYPES
-from attncc.runtime.cpp_toolchain import find_compiler
+from attncc.bench import Result
 
 GRID: dict[str, tuple[str, ...]] = {
     "full": ("sdpa",),
@@ -37,25 +32,6 @@ GRID: dict[str, tuple[str, ...]] = {
     "softcap": ("eager",),
 }
 LONG = (4096, 16_384)  # lengths at which memory is measured
-
-
-def measure(variant: str, width: int, dtype: str, repeat: int, heads: int = HEADS) -> Result:
-    generator = torch.Generator().manual_seed(0)
-    shape = (1, heads, LENGTH, width)
-    q, k, v = (
-        torch.randn(shape, generator=generator).to(TORCH_DTYPES[DType(dtype)]).requires_grad_() for _ in range(3)
-    )
-    inputs: dict[str, Any] = inputs_of(variant)
-    attn = attncc.build(ROOT / "examples" / f"{variant}.attn")
-    return bench(
-        attn.attention,
-        lambda: attn(q, k, v, **inputs),
-        Call(q, k, v, inputs),
-        against=GRID[variant],
-        repeat=repeat,
-        backward=True,
-        compiler=find_compiler().command[0],
-    )
 
 
 def peak_of_memory() -> int:
@@ -118,7 +94,7 @@ def main() -> None:
     # One head keeps every core busy too.
     grid += [("causal", 64, dtype, 1) for dtype in ("f32", "bf16")]
     results = [
-        measure(variant, width, dtype, arguments.repeat, heads)
+        measure(variant, width, dtype, heads, against=GRID[variant], repeat=arguments.repeat, backward=True)
         for variant, width, dtype, heads in track(grid, description="backward")
     ]
     Console(width=100).print(summary(results))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +49,31 @@ GRID: dict[str, tuple[str, ...]] = {
 }
 
 
-def measure(variant: str, width: int, dtype: str, repeat: int) -> Result:
+def measure(
+    variant: str,
+    width: int,
+    dtype: str,
+    heads: int = HEADS,
+    *,
+    against: Sequence[str],
+    repeat: int,
+    backward: bool = False,
+) -> Result:
+    """A variant beside the peers in `against`; backward: with the gradients of q, k and v."""
     generator = torch.Generator().manual_seed(0)
-    shape = (1, HEADS, LENGTH, width)
+    shape = (1, heads, LENGTH, width)
     q, k, v = (torch.randn(shape, generator=generator).to(TORCH_DTYPES[DType(dtype)]) for _ in range(3))
+    for x in (q, k, v):
+        x.requires_grad_(backward)
     inputs = inputs_of(variant)
     attn = attncc.build(ROOT / "examples" / f"{variant}.attn")
     return bench(
         attn.attention,
         lambda: attn(q, k, v, **inputs),
         Call(q, k, v, inputs),
-        against=GRID[variant],
+        against=against,
         repeat=repeat,
+        backward=backward,
         compiler=find_compiler().command[0],
     )
 
@@ -88,7 +102,10 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     grid = list(itertools.product(GRID, (64,) if arguments.quick else (64, 128), ("f32", "bf16")))
-    results = [measure(*cell, arguments.repeat) for cell in track(grid, description="forward")]
+    results = [
+        measure(variant, width, dtype, against=GRID[variant], repeat=arguments.repeat)
+        for variant, width, dtype in track(grid, description="forward")
+    ]
     Console(width=100).print(summary(results))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps([result.as_json() for result in results], indent=2) + "\n", encoding="utf-8")
