@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import recurrent_peers as peers
 import torch
@@ -25,7 +24,10 @@ from torch import Tensor
 from torch.nn import functional
 
 import attncc
+from attncc.emit.recurrent_backward_cpp import chunk_tokens
+from attncc.emit.recurrent_cpp import core_machine
 from attncc.runtime.cpp import CppKernel
+from attncc.runtime.targets import resolve
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples" / "recurrent"
@@ -180,11 +182,6 @@ def _timed_launches() -> Iterator[list[float]]:
 
 def chunk_of(case: Case, backward: bool) -> int:
     """Tokens that its kernel takes together."""
-    plan: Any = next(iter(case.attn.kernels.built.values()))[0]
-    if backward:
-        from attncc.emit.recurrent_backward_cpp import chunk_tokens
-
-        return chunk_tokens(plan)
-    from attncc.emit.recurrent_cpp import core_machine
-
-    return core_machine(plan).chunk
+    target = resolve(None, case.q.device, ())
+    plan = case.attn.kernels.plan(target, case.q.dtype, case.q.shape[3], case.v.shape[3])
+    return chunk_tokens(plan) if backward else core_machine(plan).chunk

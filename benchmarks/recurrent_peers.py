@@ -127,7 +127,7 @@ def quickest(function: Callable[[Setting], object], dtype: torch.dtype) -> Setti
     """Of some chunk lengths, and for bf16 of products in f32 and in bf16, those with which `function` takes least."""
     seconds: dict[Setting, float] = {}
     for setting in itertools.product((32, 64, 128), {torch.float32, dtype}):
-        for _ in range(3):
+        for _ in range(2):
             start = time.thread_time()
             function(setting)
             taken = time.thread_time() - start
