@@ -120,6 +120,30 @@ def test_nothing_gives_nothing(shape: tuple[int, int, int]) -> None:
     assert torch.equal(last, state)
 
 
+@pytest.mark.parametrize("name", FORMULAS)
+def test_gradients_of_every_example(name: str) -> None:
+    attn, q, k, v, inputs = problem(name, F32, tokens=37)
+    leaves = {n: x for n, x in inputs.items() if isinstance(x, Tensor)} | {"q": q, "k": k, "v": v}
+
+    def gradients(run: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        given = {n: x.to(dtype).requires_grad_() for n, x in leaves.items()}
+        rows = [given.pop(n) for n in "qkv"]
+        o, state = run(*rows, **{**inputs, **given})
+        found = dict(zip("qkv", rows, strict=True)) | given
+        weight = torch.linspace(-1, 1, o.numel(), dtype=dtype).reshape(o.shape).cos()
+        total = (o.to(dtype) * weight).sum() + state.to(dtype).square().sum() / 10
+        results = torch.autograd.grad(total, list(found.values()), allow_unused=True, materialize_grads=True)
+        return dict(zip(found, results, strict=True))
+
+    assert isinstance(attn.kernels, RecurrentKernels)
+    form = attn.kernels.form
+    exact = gradients(lambda *rows, **given: attn.reference(*rows, return_state=True, **given), F64)
+    plain = gradients(lambda *rows, **given: token_loop(attn.attention, form, *rows, given), F32)
+    found = gradients(lambda *rows, **given: attn(*rows, return_state=True, **given), F32)
+    messages = [compare(f"d{n}", found[n], exact[n], plain[n]) for n in found]
+    assert not any(messages), messages
+
+
 @pytest.mark.parametrize(
     ("change", "code"),
     [

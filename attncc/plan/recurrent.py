@@ -17,6 +17,7 @@ from attncc.ir.types import DType
 from attncc.passes.normal_form import Side
 from attncc.passes.updates import UpdateForm
 from attncc.plan.nodes import Target
+from attncc.plan.staging import Staging
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class CorePlan:
     key_width    D, value_width: E
     side         log_decay has one number per token ("scalar"), or one per key or value channel ("key", "value");
                  there is none where it is "none"
+    staging      how the kernel makes the operands itself; None where a call brings them
     """
 
     kernel: Literal["recurrent", "recurrent_backward"]
@@ -47,6 +49,13 @@ class CorePlan:
     updates: tuple[CoreUpdate, ...]
     erases_before: bool
     read: Literal["pre", "post"]
+    staging: Staging | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the kernel applies a gate or a bonus to its outputs."""
+        steps = () if self.staging is None else self.staging.steps
+        return any(step.name in ("gate", "bonus") for step in steps)
 
     @property
     def state_dtype(self) -> DType:

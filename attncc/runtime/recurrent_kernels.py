@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from attncc.ir.recurrence import Recurrence
+from attncc.ir.types import DType
 from attncc.passes.updates import UpdateForm
 from attncc.plan.nodes import Target
 from attncc.plan.recurrent import CorePlan, plan_core
+from attncc.plan.staging import NotStaged, plan_staging
 from attncc.runtime import cache
 from attncc.runtime.arguments import DTYPES
 from attncc.runtime.recurrent_arguments import BoundRecurrence
@@ -21,9 +25,15 @@ from attncc.runtime.recurrent_core import CompiledCore, run_core, states_like
 from attncc.runtime.recurrent_operands import Operands, prepare
 from attncc.runtime.targets import resolve
 
+if TYPE_CHECKING:
+    from attncc.runtime.cpp_staged import StagedCppCore
+
 
 class RecurrentKernels:
-    """Runs a recurrence that has an update form on arguments that have been bound."""
+    """Runs a recurrence that has an update form on arguments that have been bound.
+
+    built: its cores, by type and widths; staged: those that make their operands themselves, None where there is none.
+    """
 
     def __init__(self, recurrence: Recurrence, form: UpdateForm, target: str | None, templates: Sequence[Path]) -> None:
         self.recurrence = recurrence
@@ -31,12 +41,19 @@ class RecurrentKernels:
         self.target = target
         self.templates = tuple(templates)
         self.built: dict[object, tuple[CorePlan, CompiledCore]] = {}
+        self.staged: dict[object, StagedCppCore | None] = {}
         self._lock = threading.Lock()
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, bound: BoundRecurrence) -> tuple[Tensor, Tensor]:
         """o (B, H, N, E) in the type of q and the last state; differentiable."""
+        state = self._state(bound.initial_state, q)
+        staged = None if _is_followed(q, k, v, bound, state) else self._staged(q, v, bound)
+        if staged is not None:
+            o, last = self._results(q, bound)
+            staged.run({"q": q, "k": k, "v": v}, bound, state, o, last)
+            return o, last
         prepared = prepare(self.recurrence, self.form, q, k, v, bound.inputs, bound.q_offset)
-        operands, state = prepared.operands, self._state(bound.initial_state, q)
+        operands = prepared.operands
         if self.recurrence.bidirectional:
             output, last = self._bidirectional(operands, prepared.value_width, state)
         else:
@@ -47,6 +64,11 @@ class RecurrentKernels:
     def step(self, q: Tensor, k: Tensor, v: Tensor, bound: BoundRecurrence, state: Tensor) -> Tensor:
         """o of some more tokens; `state` becomes what they leave."""
         with torch.no_grad():
+            staged = self._staged(q, v, bound)
+            if staged is not None:
+                o, _ = self._results(q, bound)
+                staged.run({"q": q, "k": k, "v": v}, bound, state, o, state)
+                return o
             prepared = prepare(self.recurrence, self.form, q, k, v, bound.inputs, bound.q_offset)
             operands, width = prepared.operands, prepared.value_width
             output = q.new_empty((*operands.query.shape[:3], width))
@@ -66,6 +88,41 @@ class RecurrentKernels:
     def _state(given: Tensor | None, q: Tensor) -> Tensor | None:
         """An initial state as kernels take it."""
         return None if given is None else given.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
+
+    @staticmethod
+    def _results(q: Tensor, bound: BoundRecurrence) -> tuple[Tensor, Tensor]:
+        """Memory for o and the last state, where neither has a column of weights."""
+        sizes = bound.sizes
+        sequences = sizes.B if bound.offsets is None else len(bound.offsets) - 1
+        wide = torch.promote_types(q.dtype, torch.float32)
+        last = q.new_empty((sequences, sizes.H, sizes.D, sizes.E), dtype=wide)
+        return q.new_empty((sizes.B, sizes.H, sizes.N, sizes.E)), last
+
+    def _staged(self, q: Tensor, v: Tensor, bound: BoundRecurrence) -> StagedCppCore | None:
+        """A core that makes its operands itself; None where there is none, and PyTorch has to make them."""
+        dtypes = {name: DTYPES[x.dtype] for name, x in bound.tensors.items()}
+        key = ("staged", q.dtype, q.shape[3], v.shape[3], q.device, *dtypes.values())
+        if key not in self.staged:
+            with self._lock:
+                if key not in self.staged:
+                    self.staged[key] = self._compile_staged(q, v, dtypes)
+        return self.staged[key]
+
+    def _compile_staged(self, q: Tensor, v: Tensor, dtypes: dict[str, DType]) -> StagedCppCore | None:
+        target = resolve(self.target, q.device, self.templates)
+        if target.backend != "cpp":
+            return None
+        from attncc.runtime.cpp_staged import compile_staged
+
+        own = DTYPES[q.dtype]
+        try:
+            staging = plan_staging(
+                self.recurrence, self.form, {**dtypes, "q": own, "k": own, "v": own}, q.shape[3], v.shape[3]
+            )
+        except NotStaged:
+            return None
+        plan = replace(self.plan(target, q.dtype, q.shape[3], v.shape[3]), name="recurrent_staged", staging=staging)
+        return cache.in_folder(partial(compile_staged, plan, self.templates))
 
     def _core(self, operands: Operands, value_width: int) -> CompiledCore:
         query = operands.query
@@ -88,3 +145,9 @@ class RecurrentKernels:
         else:
             from attncc.runtime.triton_recurrent import compile_core
         return cache.in_folder(partial(compile_core, plan, self.templates))
+
+
+def _is_followed(q: Tensor, k: Tensor, v: Tensor, bound: BoundRecurrence, state: Tensor | None) -> bool:
+    """Whether autograd has to see what operands are made of."""
+    given = (q, k, v, *bound.tensors.values(), *(() if state is None else (state,)))
+    return torch.is_grad_enabled() and any(x.requires_grad for x in given)

@@ -1,0 +1,144 @@
+"""What the C++ template of a core needs to make operands itself: the inputs of a call, and the steps as text.
+
+Channels lie in the lanes of vector registers. A value of one number for each channel is an array of vectors, what lies
+beyond the last channel is without meaning; one for a token is a scalar.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from attncc.emit.cpp_expressions import LOGICAL, Expressions
+from attncc.emit.cpp_machine import ELEMENT_TYPES, Field, Format, Machine, mangle, with_uses
+from attncc.emit.cpp_text import Printed
+from attncc.ir.nodes import Apply, Variable
+from attncc.ir.operators import OPERATORS
+from attncc.ir.rewrite import kind_of, walk
+from attncc.ir.types import Kind
+from attncc.plan.recurrent import CorePlan
+from attncc.plan.sequential import Axis, Step
+from attncc.plan.staging import Input, Staging
+
+_SCALARS = {Kind.FLOAT: "real", Kind.INT: "int64", Kind.BOOL: "bool"}
+_CALL = re.compile(r"([a-z0-9_]+)_\(.*\)")
+
+
+@dataclass(frozen=True, slots=True)
+class StagedOperand:
+    """An operand of a core, `name`.
+
+    element  C++ type of its numbers in memory
+    axes     one channel, or none
+    source   the input that it is as it lies in memory; None where steps make it
+    """
+
+    name: str
+    element: str
+    axes: tuple[Axis, ...]
+    source: Input | None
+
+
+def staged_operands(plan: CorePlan) -> list[StagedOperand]:
+    """The operands of a plan that makes them, gate and bonus among them."""
+    assert plan.staging is not None
+    return [
+        StagedOperand(step.name, _element(plan, step.name), step.axes, _source(plan, step))
+        for step in plan.staging.steps
+        if not step.name.startswith("z")
+    ]
+
+
+def staging_fields(plan: CorePlan) -> tuple[Field, ...]:
+    """What a call passes beside the members of `Arguments`: inputs, with slots `X`, `X_group`, `X_stride_b`, `_h` and
+    `_row`, and scalars."""
+    staging = plan.staging
+    if staging is None:
+        return ()
+    return (*map(_input, staging.inputs), *(_scalar(name, kind) for name, kind in staging.scalars))
+
+
+def _scalar(name: str, kind: Kind) -> Field:
+    """A run-time scalar of the specification."""
+    if kind is Kind.FLOAT:
+        return Field(f"double {mangle(name)};", "", ((name, "d"),))
+    return Field(f"int64 {mangle(name)};", "", ((name, "q"),))
+
+
+def _input(x: Input) -> Field:
+    strides = tuple[tuple[str, Format], ...]((f"{x.name}_{part}", "q") for part in _INPUT_PARTS)
+    places = ", ".join(map(str, x.places))
+    return Field(f"Input<{ELEMENT_TYPES[x.dtype]}> {x.name};", f"{x.tensor}[{places}]", ((x.name, "Q"), *strides))
+
+
+_INPUT_PARTS = ("group", "stride_b", "stride_h", "stride_row")
+
+
+class StagingText:
+    """The filters of the template."""
+
+    def __init__(self, plan: CorePlan, machine: Machine) -> None:
+        assert plan.staging is not None
+        self._staging: Staging = plan.staging
+        self._cpp = Expressions(machine, {})
+        values = (*plan.staging.inputs, *plan.staging.steps)
+        self._cpp.variables = {x.name: _variable(x) for x in values}
+
+    def filters(self) -> Mapping[str, Callable[..., object]]:
+        return {
+            "staged_operands": staged_operands,
+            "staging_arguments": staging_fields,
+            "staging_functions": self._functions,
+            "staging_lanes": lambda expr: self._cpp.to_lanes(self._cpp.print(expr)).text,
+            "staging_scalar": lambda expr: self._cpp.print(expr).text,
+            "staging_type": lambda step: _SCALARS[step.kind],
+            "staging_reads": self._reads,
+            "staging_steps": self._steps,
+        }
+
+    def _steps(self, plan: CorePlan) -> list[Step]:
+        """The steps, but for operands that are read where they lie."""
+        in_place = {operand.name for operand in staged_operands(plan) if operand.source is not None}
+        return [step for step in self._staging.steps if step.name not in in_place]
+
+    def _reads(self, plan: CorePlan) -> list[Input]:
+        """The inputs that steps read."""
+        nodes = (node for step in self._steps(plan) for node in walk(step.value))
+        read = {node.name for node in nodes if isinstance(node, Variable)}
+        return [x for x in self._staging.inputs if x.name in read]
+
+    def _functions(self, plan: CorePlan) -> list[str]:
+        """The functions of the operator table that steps call, those that others use first."""
+        del plan
+        applied = [node for step in self._staging.steps for node in walk(step.value) if isinstance(node, Apply)]
+        called = (_called(node) for node in applied if node.op not in LOGICAL and node.op != "not")
+        return with_uses(sorted({name for name in called if name}))
+
+
+def _called(node: Apply) -> str:
+    match = _CALL.fullmatch(OPERATORS[node.op].spelling("cpp", kind_of(node.args[-1])))
+    return match[1] if match else ""
+
+
+def _variable(value: Input | Step) -> Printed:
+    kind = value.dtype.kind if isinstance(value, Input) else value.kind
+    return Printed(f"{value.name}[i]" if value.axes else value.name, kind, bool(value.axes), wide=kind is Kind.INT)
+
+
+def _element(plan: CorePlan, operand: str) -> str:
+    wide = operand in ("log_decay", "gate", "bonus")
+    return ELEMENT_TYPES[plan.state_dtype if wide else plan.dtype]
+
+
+def _source(plan: CorePlan, step: Step) -> Input | None:
+    """The input that an operand is, in its type: such an operand is read where it lies."""
+    assert plan.staging is not None
+    if step.name in ("gate", "bonus"):
+        return None
+    inputs = {x.name: x for x in plan.staging.inputs}
+    match step.value:
+        case Variable(name=name) if name in inputs and ELEMENT_TYPES[inputs[name].dtype] == _element(plan, step.name):
+            return inputs[name] if inputs[name].axes == step.axes else None
+        case _:
+            return None
