@@ -83,7 +83,7 @@ def functions(kernel: str) -> str:
 
 
 def tidy(source: str) -> str:
-    """Source laid out in paragraphs: within a function, an empty line before each comment that neither opens a block nor
+    """Source laid out in paragraphs: within a function, an empty line before each comment, unless it opens a block or
     goes on from the line before, and no other; two before each function."""
     lines: list[str] = []
     for line in source.splitlines():
