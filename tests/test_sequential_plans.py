@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sequential_cases import CASES
@@ -16,6 +18,7 @@ from test_templates import TEMPLATES, documented, used_filters
 import attncc
 from attncc.diagnostics import BuildError
 from attncc.emit.sequential_cpp import SequentialCppPrinter
+from attncc.emit.sequential_cpp import source_of as cpp_source_of
 from attncc.emit.sequential_triton import SequentialTritonPrinter, layout_of, source_of
 from attncc.error_rule import compare
 from attncc.ir.recurrence import Recurrence
@@ -66,6 +69,16 @@ def test_statements_are_operands_and_steps() -> None:
         "z2[e] = sum over d of x3 * S",
         "out[e] = x2 * z2",
     ]
+
+
+@pytest.mark.parametrize("target", ["cpp:avx512", "triton:sm_90"])
+def test_sources_are_as_recorded(target: str, golden: Golden) -> None:
+    found = plan(
+        "S = tanh(S) + outer(k, v - k @ S)", "out = sigmoid(g[b, h, t]) * (q @ S)", target=target, widths=(64, 60)
+    )
+    source, extension = (cpp_source_of, "cpp") if found.target.family == "cpp" else (source_of, "py")
+    name = f"sequential-{target.replace(':', '-')}.{extension}.expected"
+    golden(Path(__file__).parent / "sources" / name, source(found))
 
 
 def test_what_is_read_of_the_state_holds_until_it_changes() -> None:
