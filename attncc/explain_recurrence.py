@@ -9,6 +9,7 @@ from attncc.ir.recurrence import Recurrence
 from attncc.ir.text import to_text
 from attncc.passes.normal_form import NormalForm, Sequential, normal_form
 from attncc.passes.simplify import simplify_expr
+from attncc.passes.updates import UpdateForm, update_form
 
 _SIDES = {
     "none": "none",
@@ -19,7 +20,6 @@ _SIDES = {
 
 
 # What runs.
-_CORE = ["none: this version has no kernels of recurrences; attn.reference computes it token by token"]
 _SEQUENTIAL = (
     "forward    the statements as they stand, token by token; a thread (C++) or program (Triton) holds a head's state",
     "backward   the same statements in PyTorch, token by token, from the state of every sqrt(N)-th token",
@@ -33,7 +33,7 @@ def explain_recurrence(spec_text: str, recurrence: Recurrence) -> str:
         ("Specification", spec_text.strip().splitlines()),
         ("Meaning", to_text(recurrence).strip().splitlines()[1:]),
         ("Normal form", list(_none(form) if isinstance(form, Sequential) else _lines(recurrence, form))),
-        ("Kernel", list(_SEQUENTIAL) if isinstance(form, Sequential) else _CORE),
+        ("Kernel", list(_SEQUENTIAL if isinstance(form, Sequential) else _core(update_form(form)))),
     ]
     return "\n\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections) + "\n"
 
@@ -42,6 +42,13 @@ def _none(form: Sequential) -> Iterator[str]:
     yield f"none: {form.why}"
     if form.span is not None:
         yield f"at {form.span}: {form.span.text.strip()}"
+
+
+def _core(form: UpdateForm) -> Iterator[str]:
+    yield "core       in chunks of tokens, only the state passed on from each to the next; a step token by token"
+    for update in form.updates:
+        does = "written and erased" if update.value and update.erase else "written" if update.value else "erased"
+        yield f"           one product along a key, by which is {does}"
 
 
 def _lines(recurrence: Recurrence, form: NormalForm) -> Iterator[str]:

@@ -277,6 +277,7 @@ def test_explain_says_what_features_make() -> None:
     text = explain_recurrence("", checked("feature = x @ W[h]", "normalize = sum"))
     for line in (f"keys    {R} channels", "order   all tokens; then every query", "divide  by the same of ones"):
         assert f"  {line}" in text
+    assert "one product along a key, by which is written\n" in text
     assert "q   = sum(e < D: q[e] * W[h, e, d])" in text
 
 
