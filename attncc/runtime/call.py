@@ -23,6 +23,7 @@ from attncc.runtime.dropout import bind_dropout, recipe_with_dropout
 from attncc.runtime.errors import NoLse, NotTraced
 from attncc.runtime.kernels import Kernels, MakeBackwardSources, MakeSources, Sources
 from attncc.runtime.operator import Variant, attend, register
+from attncc.runtime.reassociated import reassociated
 from attncc.runtime.refusals import by_position, reads_outside, refuse
 from attncc.runtime.statistics import bind_statistics, of_columns
 from attncc.runtime.tracing import cast_by_autocast, is_followed, lies_in_memory, without_modes
@@ -59,6 +60,7 @@ class CompiledAttention:
         self.variant = Variant(self._signature, self.kernels)
         register(recipe, self.variant)
         self._sums = any(p.summed is not None for p in attention.tensors)
+        self._linear = reassociated(attention, target, templates)
         self._has_lse = not isinstance(attention.normalizer, Elementwise)
         self._divides_by_sum = isinstance(attention.normalizer, Sum)
 
@@ -116,6 +118,8 @@ class CompiledAttention:
             bound = bound._replace(scalars={**bound.scalars, **drawn})
         if stats:
             return self._with_statistics(drops, q, k, v, bound, return_lse, stats)
+        if self._linear is not None and not (return_lse or drops) and self._linear.takes(q, k, v, bound):
+            return self._linear.run(q, k, v, bound)
         if is_followed(q, k, v, bound):
             o, lse = attend(recipe, q, k, v, bound)
         else:
