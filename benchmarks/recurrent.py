@@ -19,7 +19,7 @@ from typing import Any
 import recurrent_peers as peers
 import recurrent_scaling as scaling
 import torch
-from recurrent_cases import DTYPES, ROOT, VARIANTS, Case, KernelTime, chunk_of, operations, with_gradients
+from recurrent_cases import DTYPES, ROOT, VARIANTS, Case, KernelTime, chunk_of, keep_memory, operations, with_gradients
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=sections, default=tuple(sections), help="other figures stay")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_memory()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
     about = {"machine": machine(), "torch_version": torch.__version__, "threads": arguments.threads}

@@ -12,6 +12,7 @@ two. What pads, what makes operands, decays and exponentials are not counted.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -178,6 +179,16 @@ def _timed_launches() -> Iterator[list[float]]:
         yield seconds
     finally:
         CppKernel.launch_packed = launch
+
+
+def keep_memory() -> None:
+    """Memory that tensors gave back stays with the process, for all contenders alike. Otherwise the system takes every
+    tensor above 32 MiB back, and clears the next one page by page, which lasts longer than a kernel does."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_max = -1, -4
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def chunk_of(case: Case, backward: bool) -> int:

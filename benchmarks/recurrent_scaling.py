@@ -21,19 +21,15 @@ from attncc.recurrent_inputs import recurrent_tensors
 from attncc.timing import alternate
 
 LENGTHS = (4096, 8192, 16_384, 32_768, 65_536)
-WIDTH = 64
+HEADS, WIDTH = 8, 64
 WIDTHS = {"based": 16}  # of q and k: its features have as many channels as the square
 STEPPING = ("retnet", "gla", "gated_deltanet")
 STATE_BYTES = 128 * 2**20
 CROSSING = ("retnet", "mamba2", "gla", "gated_deltanet")
-CROSSOVER_HEADS = 8
 
 
 def lengths(quick: bool, repeat: int) -> list[dict[str, Any]]:
-    """Time per token of every example at B1 H1 D64, f32: `drift` is the greatest over the least, less 1.
-
-    One head, so that no tensor is so large that the system takes its memory back after each call.
-    """
+    """Time per token of every example, in f32: `drift` is the greatest over the least, less 1."""
     rows: list[dict[str, Any]] = []
     names = sorted(path.stem for path in EXAMPLES.glob("*.attn"))
     for name in track(names, description="lengths"):
@@ -48,7 +44,9 @@ def lengths(quick: bool, repeat: int) -> list[dict[str, Any]]:
             "drift": _drift(calls), "kernel_drift": _drift(kernels),
         })  # fmt: skip
     headings = [f"{n:,}" for n in rows[0]["microseconds"]]
-    out = Table("", *headings, "drift", "of its kernel", title="Microseconds per token, B1 H1 D64 f32, by length")
+    out = Table(
+        "", *headings, "drift", "of its kernel", title=f"Microseconds per token, B1 H{HEADS} D{WIDTH} f32, by length"
+    )
     for row in rows:
         times = (f"{x:.2f}" for x in row["microseconds"].values())
         out.add_row(row["attention"], *times, f"{row['drift']:.0%}", f"{row['kernel_drift']:.0%}")
@@ -59,8 +57,8 @@ def lengths(quick: bool, repeat: int) -> list[dict[str, Any]]:
 def _call(attn: attncc.RecurrentAttention, length: int) -> Callable[[], object]:
     generator = torch.Generator().manual_seed(0)
     width = WIDTHS.get(attn.attention.name, WIDTH)
-    q, k = (torch.randn(1, 1, length, width, generator=generator) for _ in range(2))
-    v = torch.randn(1, 1, length, WIDTH, generator=generator)
+    q, k = (torch.randn(1, HEADS, length, width, generator=generator) for _ in range(2))
+    v = torch.randn(1, HEADS, length, WIDTH, generator=generator)
     scalars = {p.name: length for p in attn.attention.scalars}
     inputs = {**scalars, **recurrent_tensors(attn.attention, q, k, v, scalars, generator)}
     return lambda: attn(q, k, v, **inputs)
@@ -155,7 +153,7 @@ def crossover(quick: bool, repeat: int, picture: Path) -> dict[str, Any]:
     names = ["SDPA, causal", *CROSSING]
     times: dict[str, dict[int, float]] = {name: {} for name in names}
     for n in track([2**i for i in range(5, 13 if quick else 15)], description="crossover"):
-        cases = {variant: Case.draw(variant, "f32", 1, CROSSOVER_HEADS, n, WIDTH) for variant in CROSSING}
+        cases = {variant: Case.draw(variant, "f32", 1, HEADS, n, WIDTH) for variant in CROSSING}
         functions: dict[str, Callable[[], object]] = {variant: case.call for variant, case in cases.items()}
         functions[names[0]] = cases[CROSSING[0]].sdpa
         rounds = max(1, 4096 // n)  # short calls several times, for the clock's sake
@@ -199,7 +197,7 @@ def draw(times: dict[str, dict[int, float]], path: Path) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set(xlabel="tokens", ylabel=f"µs per token, {CROSSOVER_HEADS} heads, D = E = {WIDTH}, f32")
+    axes.set(xlabel="tokens", ylabel=f"µs per token, {HEADS} heads, D = E = {WIDTH}, f32")
     ticks = list(next(iter(times.values())))
     axes.set_xticks(ticks, [f"{n:,}" for n in ticks], rotation=45)
     axes.grid(alpha=0.3)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional
-from train_lm import BOUND, HEADS, Attend, Learner, Model, parse, report, train
+from train_lm import BOUND, HEADS, Attend, Learner, Model, parse, report, seconds, train
 
 import attncc
 
@@ -108,16 +107,16 @@ def write(model: Model, attend: Attend, prompt: Tensor, count: int) -> tuple[Ten
         rows, state = torch.zeros(1, TAPS - 1, 3 * width), torch.zeros(1, HEADS, width // HEADS, width // HEADS)
         layer.memory = Memory(rows, state)
     text, logits = prompt, [model(prompt, attend)[:, -1:]]
-    start = time.perf_counter()
+    start = seconds()
     for _ in track(range(count), description="writing"):
         chances = (logits[-1][0] / TEMPERATURE).softmax(-1)
         token = torch.multinomial(chances, 1, generator=generator)
         text = torch.cat([text, token], 1)
         logits.append(model(token, attend))
-    seconds = (time.perf_counter() - start) / count
+    taken = seconds() - start
     for layer in layers:
         layer.memory = None
-    return text, torch.cat(logits[:count], 1), seconds
+    return text, torch.cat(logits[:count], 1), taken / count
 
 
 def main() -> None:
@@ -138,7 +137,7 @@ def main() -> None:
         train(learners, text, options.steps, options.length)
         report(learners, options)
         prompt = torch.frombuffer(bytearray(text[:PROMPT]), dtype=torch.uint8).long()[None]
-        written, logits, seconds = write(model, attend, prompt, options.write)
+        written, logits, each = write(model, attend, prompt, options.write)
         with torch.no_grad():
             whole = model(written[:, :-1], attend)[:, PROMPT - 1 :]
     except attncc.AttnError as error:
@@ -146,7 +145,7 @@ def main() -> None:
     print(bytes(written[0].tolist()).decode(errors="replace"))
     apart = (logits - whole).abs().max().item()
     print(
-        f"{options.write} bytes, {1e3 * seconds:.1f} ms each; the logits of steps and those of the whole text in "
+        f"{options.write} bytes, {1e3 * each:.1f} ms each; the logits of steps and those of the whole text in "
         f"chunks are never more than {apart:.1e} apart"
     )
     if options.check and not apart <= BOUND:

@@ -102,6 +102,11 @@ class Model(nn.Module):
         return self.head(x)
 
 
+def seconds() -> float:
+    """What one thread takes is told by its own processor time, whatever else the machine does."""
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 class Learner:
     """A model, the attention that it computes with, what came of each step, and how many it takes at most."""
 
@@ -112,15 +117,13 @@ class Learner:
         self.seconds: list[float] = []
 
     def step(self, text: Tensor) -> None:
-        # What one thread takes is told by its own processor time, whatever else the machine does.
-        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-        start = clock()
+        start = seconds()
         logits = self.model(text[:, :-1], self.attend)
         loss = functional.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten())
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self.seconds.append(clock() - start)
+        self.seconds.append(seconds() - start)
         self.losses.append(loss.item())
 
 
@@ -164,7 +167,7 @@ def plot(learners: list[Learner], length: int, path: Path) -> None:
     for learner, style in zip(learners, ({"c": "C0"}, {"c": "C1", "lw": 4, "alpha": 0.5, "zorder": 1}), strict=True):
         loss.plot(range(1, len(learner.losses) + 1), learner.losses, label=learner.name, **style)
         # The first step compiles.
-        times = [1e3 * seconds for seconds in learner.seconds[1:]]
+        times = [1e3 * taken for taken in learner.seconds[1:]]
         milliseconds.plot(range(2, len(times) + 2), times, ".", ms=3, c=style["c"], label=learner.name)
     loss.set(xlabel="step", ylabel="loss, nats per byte")
     milliseconds.set(xlabel="step", ylabel=f"ms per step, N = {length}", ylim=(0, None))
