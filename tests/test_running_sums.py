@@ -108,3 +108,16 @@ def test_an_axis_that_is_not_there_is_refused(axis: int) -> None:
     assert isinstance(parameter, TensorParameter)
     with pytest.raises(IRError, match="sums"):
         verify(replace(attention, parameters=(replace(parameter, summed=axis),)))
+
+
+@pytest.mark.parametrize("tokens", [N, 3])
+def test_decays_by_a_running_sum_are_the_same_as_pairs_and_as_a_recurrence(tokens: int) -> None:
+    attn = attncc.build(
+        "attention decayed(x: float[B, H, N]):\n    let G = cumsum(x[b, h, :])\n    mask = causal\n"
+        "    weight = qk * exp(G[q_idx] - G[kv_idx])\n"
+    )
+    leaves = [x.clone().requires_grad_() for x in (Q[:, :, -tokens:], K, V, LOGS)]
+    results = [f(*leaves[:3], x=leaves[3]) for f in (attn, attn.reference)]
+    assert torch.allclose(results[0].double(), results[1], atol=1e-5)
+    gradients = [torch.autograd.grad(o.square().sum(), leaves) for o in results]
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(*gradients, strict=True))

@@ -110,6 +110,7 @@ class CompiledAttention:
             raise refuse(self._signature, {"q": q, "k": k, "v": v}, q_offset, inputs) from None
         if return_lse and not self._has_lse:
             raise CallError(NoLse(None, self.attention.name))
+        given = bound
         if self._sums:
             bound = bound._replace(tensors={**bound.tensors, **running_sums(self.attention, bound.tensors)})
         drops, recipe = False, self.recipe
@@ -118,8 +119,8 @@ class CompiledAttention:
             bound = bound._replace(scalars={**bound.scalars, **drawn})
         if stats:
             return self._with_statistics(drops, q, k, v, bound, return_lse, stats)
-        if self._linear is not None and not (return_lse or drops) and self._linear.takes(q, k, v, bound):
-            return self._linear.run(q, k, v, bound)
+        if self._linear is not None and not (return_lse or drops) and self._linear.takes(q, k, v, given):
+            return self._linear.run(q, k, v, given)  # It sums by its state what pairs read the running sums of.
         if is_followed(q, k, v, bound):
             o, lse = attend(recipe, q, k, v, bound)
         else:
