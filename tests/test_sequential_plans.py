@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -239,10 +240,45 @@ def narrowed(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: x.to(F32) for name, x in inputs.items()}
 
 
+# Bools, ints, functions, choices, named states, outputs without a state: by their channels.
+VALUES_OF_EVERY_KIND = [
+    ("S = where(w[b, h, t, :][None, :] > 0.0, tanh(S), -S) + outer(k, v)", "out = q @ S"),
+    ("S = where(a[b, h, t, :][:, None] > 0.0, tanh(S), -S) + outer(k, v)", "out = q @ S"),
+    ("S = where(outer(a[b, h, t, :], w[b, h, t, :]) > 0.0, tanh(S), -S) + outer(k, v)", "out = q @ S"),
+    ("S = where(S > w[b, h, t, :][None, :], 0.5 * S, -S)", "out = where(k @ S > 0.0 and v < 1.0, q @ S, v)"),
+    ("S = where((S > 0.1) == (w[b, h, t, :] > 0.0)[None, :], 0.5 * S, -S) + outer(k, v)", "out = q @ S"),
+    ("S = 0.25 * float(int(4.0 * S + 0.3) % 3 + t) + outer(k, v)", "out = q @ S"),
+    ("S = 0.25 * float(int(4.0 * S) + int(w[b, h, t, :])[None, :]) + outer(k, v)", "out = q @ S"),
+    ("S = 0.1 * float((int(4.0 * S) << 2) + popcount(int(a[b, h, t, :]))[:, None])", "out = q @ S"),
+    ("S = 0.1 * (gelu(S) + erf(S) + softplus(S) - elu(S) + silu(S) + relu(S))", "out = exp2(q @ S)"),
+    (
+        "S = max(abs(S), 0.5) ** 0.3 + log(1.0 + S * S) + sign(S) + floor(S)",
+        "out = log1p(abs(q @ S)) + cos(k @ S)",
+    ),
+    ("let P = S * 2.0", "let P2 = tanh(P)", "S = P2 * P", "out = q @ P2"),
+    ("let P = S", "S = tanh(S)", "out = q @ P"),
+    ("let m = sum(q @ S)", "S = tanh(S) * sigmoid(m)", "out = m * v"),
+    ("S = min(S, sum(S @ v)) + tanh(max(S @ v)) * outer(k, v)", "out = max(q @ S) + sum(k @ S) + v"),
+    ("S = 0.0 * S + 0.5", "out = q @ S"),
+    ("S = tanh(S)", "out = 0.0 * v + 1.0"),
+]
+
+
+@pytest.mark.parametrize("target", ["cpp", "triton:interpret"])
+@pytest.mark.parametrize("lines", VALUES_OF_EVERY_KIND, ids=str)
+def test_values_of_every_kind(target: str, lines: tuple[str, ...]) -> None:
+    assert_right(target, lines)
+
+
 @pytest.mark.parametrize("target", ["cpp", "triton:interpret"])
 @given(lines=recurrences())
 @settings(deadline=None, max_examples=12)
 def test_random_statements(target: str, lines: list[str]) -> None:
+    assert_right(target, lines)
+
+
+def assert_right(target: str, lines: Sequence[str]) -> None:
+    """Output and last state by the error rule."""
     recurrence = recurrence_of(*lines)
     verify_recurrence(recurrence)
     rows = {"q": Q.to(F32), "k": K.to(F32), "v": V.to(F32)}
