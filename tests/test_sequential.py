@@ -17,6 +17,7 @@ from attncc.ir.recurrence import Recurrence
 from attncc.ir.recurrence_verify import verify_recurrence
 from attncc.passes.normal_form import Sequential, normal_form
 from attncc.recurrent_reference import evaluate
+from attncc.runtime import sequential_gradient
 from attncc.runtime.arguments import Signature
 from attncc.runtime.recurrent import RecurrentAttention
 from attncc.runtime.recurrent_arguments import bind_recurrence
@@ -287,6 +288,21 @@ def test_gradients_of_packed_sequences() -> None:
     rows, inputs, _ = draw(case, F64, batch=1)
     states = torch.randn(3, 2, 5, 19, generator=torch.Generator().manual_seed(1), dtype=F64)
     assert_gradients(case, TARGETS[0], rows, inputs, states, cu_seqlens=offsets)
+
+
+def test_gradients_hold_states_of_the_square_root_of_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    stretches: list[tuple[bool, int]] = []
+
+    def counted(plan: Any, operands: Any, state: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        stretches.append((torch.is_grad_enabled(), count))
+        return stretch(plan, operands, state, count)
+
+    stretch = sequential_gradient._stretch
+    monkeypatch.setattr(sequential_gradient, "_stretch", counted)
+    rows, inputs, state = draw(CASES["bounded"], F32, tokens=100)
+    rows[0].requires_grad_()
+    built(CASES["bounded"], TARGETS[0])(*rows, initial_state=state, **inputs).sum().backward()
+    assert stretches == [(False, 10)] * 9 + [(True, 10)] * 10
 
 
 def test_gradients_are_the_same_every_time() -> None:
