@@ -59,6 +59,7 @@ def core_machine(plan: CorePlan) -> CoreMachine:
     where there are 32 registers; four of two are what fits where there are 16."""
     arch = plan.target.arch
     avx512 = arch.startswith("avx512")
+    pairs = plan.dtype is DType.BF16 and arch == "avx512_bf16" and plan.kernel == "recurrent"
     return CoreMachine(
         arch=arch,
         real="double" if plan.dtype is DType.F64 else "float",
@@ -66,9 +67,9 @@ def core_machine(plan: CorePlan) -> CoreMachine:
         lanes=_REGISTER_BYTES[arch] // (8 if plan.dtype is DType.F64 else 4),
         rows=8 if avx512 else 4,
         vectors=2,
-        chunk=16,
+        chunk=32 if pairs else 16,
         avx512=avx512,
-        pairs=False,
+        pairs=pairs,
     )
 
 
