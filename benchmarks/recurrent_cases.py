@@ -188,7 +188,7 @@ def keep_memory() -> None:
     if hasattr(libc, "mallopt"):
         trim_threshold, mmap_max = -1, -4
         libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(trim_threshold, -1)  # none
 
 
 def chunk_of(case: Case, backward: bool) -> int:
