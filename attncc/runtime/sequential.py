@@ -7,49 +7,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from attncc.ir.nodes import RowName
 from attncc.ir.recurrence import Output, Recurrence
+from attncc.plan.nodes import Specialization, Target
 from attncc.plan.sequential import SequentialPlan, plan_sequential
 from attncc.runtime import cache
 from attncc.runtime.arguments import DTYPES, TORCH_DTYPES
 from attncc.runtime.recurrent_arguments import BoundRecurrence
-from attncc.runtime.sequential_gradient import gradients
+from attncc.runtime.sequential_gradient import Interpreted, gradients
+from attncc.runtime.sequential_kernel import CompiledSequential
 from attncc.runtime.sequential_operands import prepare
 from attncc.runtime.targets import resolve
-
-
-class CompiledSequential(Protocol):
-    """A sequential kernel compiled for one target and one plan.
-
-    operands: (B, H, N, D, E) in the order of the plan, each axis 1 where nothing differs along it. offsets: None, or
-    (sequences + 1,) int64: packed sequences lie between them along N, and B is 1; states then have one entry per
-    sequence in place of the batch. States are (B, H, D, E), f32 (f64 beside f64), contiguous.
-    """
-
-    def forward(
-        self,
-        operands: Sequence[Tensor],
-        initial_state: Tensor | None,
-        offsets: Tensor | None,
-        o: Tensor,
-        final_state: Tensor | None,
-    ) -> None:
-        """Writes o (B, H, N, E), contiguous and of `plan.stored`, if tokens have an output, and, where it is given, the
-        state after the last token. final_state may be initial_state itself."""
-        ...
 
 
 class SequentialKernels:
     """Runs a recurrence that has no normal form on arguments that have been bound."""
 
-    def __init__(self, recurrence: Recurrence, target: str | None, templates: Sequence[Path]) -> None:
+    def __init__(
+        self, recurrence: Recurrence, target: str | None, templates: Sequence[Path], *, interpreted: bool = False
+    ) -> None:
+        """interpreted: nothing is compiled, PyTorch runs the steps of the plan."""
         self.recurrence = recurrence
         self.target = target
+        self.interpreted = interpreted
         self.templates = tuple(templates)
         self.built: dict[object, tuple[SequentialPlan, CompiledSequential]] = {}
         self._lock = threading.Lock()
@@ -76,6 +61,28 @@ class SequentialKernels:
         target = resolve(self.target, q.device, self.templates)
         return plan_sequential(_part(self.recurrence, part), target, DTYPES[q.dtype], *widths)
 
+    def sources(
+        self, specialization: Specialization, target: Target, *, backward: bool = False
+    ) -> tuple[tuple[SequentialPlan, str], ...]:
+        """The plan and the source of each kernel that calls of these types and widths run on; none backward, which
+        PyTorch does."""
+        if backward:
+            return ()
+        parts: tuple[Part, ...] = ("updates", "outputs") if self.recurrence.bidirectional else ("all",)
+        widths = specialization.head_dim_qk, specialization.head_dim_v
+        return self._rendered(
+            [plan_sequential(_part(self.recurrence, part), target, specialization.dtype, *widths) for part in parts]
+        )
+
+    def built_sources(self) -> tuple[tuple[SequentialPlan, str], ...]:
+        """Those of all kernels that have been compiled so far."""
+        return self._rendered([plan for plan, _ in self.built.values()])
+
+    def _rendered(self, plans: Sequence[SequentialPlan]) -> tuple[tuple[SequentialPlan, str], ...]:
+        from attncc.runtime.recurrent_sources import source_of
+
+        return tuple((plan, source_of(plan, self.templates)) for plan in plans)
+
     def _tokens(
         self, part: Part, rows: Mapping[RowName, Tensor], bound: BoundRecurrence, state: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -98,7 +105,8 @@ class SequentialKernels:
             with self._lock:
                 if key not in self.built:
                     plan = self.plan(part, x, widths)
-                    self.built[key] = plan, compile_sequential(plan, self.templates)
+                    kernel = Interpreted(plan) if self.interpreted else compile_sequential(plan, self.templates)
+                    self.built[key] = plan, kernel
         return self.built[key]
 
     def _finished(self, o: Tensor, q: Tensor) -> Tensor:
@@ -149,7 +157,7 @@ class _Sequential(torch.autograd.Function):
         *operands: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """sizes: batch and tokens."""
-        ctx.plan = plan
+        ctx.plan, ctx.kernel = plan, kernel
         ctx.save_for_backward(offsets, state, *operands)
         batch, tokens = sizes
         o = state.new_empty((batch, state.shape[1], tokens, plan.value_width), dtype=TORCH_DTYPES[plan.stored])
@@ -161,5 +169,5 @@ class _Sequential(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_o: Tensor, d_last: Tensor) -> tuple[Any, ...]:  # type: ignore[override]  # as above
         offsets, state, *operands = ctx.saved_tensors
-        found = gradients(ctx.plan, operands, state, offsets, d_o.to(state.dtype), d_last)
+        found = gradients(ctx.plan, ctx.kernel, operands, state, offsets, d_o.to(state.dtype), d_last)
         return None, None, None, None, found.state, *found.operands

@@ -1,8 +1,8 @@
 """The gradient of a sequential kernel: by PyTorch, token by token.
 
-The forward pass keeps nothing but its operands. The backward pass runs the steps of a plan in PyTorch's own operations
-and keeps the state of every ~sqrt(N)-th token; from the last of these stretches to the first it runs them again, with
-autograd. So it holds 2 sqrt(N) states at a time instead of N.
+The forward pass keeps nothing but its operands. The backward pass has the kernel run again, for the state of every
+~sqrt(N)-th token; from the last of these stretches to the first it runs the steps of the plan in PyTorch's own
+operations, with autograd. So it holds 2 sqrt(N) states at a time instead of N.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor
 from attncc.ir.errors import IRError
 from attncc.ir.nodes import Apply, Constant, Expr, Variable
 from attncc.ir.operators import OPERATORS
-from attncc.plan.sequential import OUTPUT, STATE, SequentialPlan, Step
+from attncc.plan.sequential import OUTPUT, STATE, Axis, SequentialPlan, Step
 from attncc.runtime.arguments import TORCH_DTYPES
+from attncc.runtime.sequential_kernel import CompiledSequential
 
 # Where d and e lie: values of a token are (B, H, D, E), each axis 1 where nothing differs along it.
 _AXES = {"d": -2, "e": -1}
@@ -34,6 +36,7 @@ class Gradients(NamedTuple):
 
 def gradients(
     plan: SequentialPlan,
+    kernel: CompiledSequential,
     operands: Sequence[Tensor],
     state: Tensor,
     offsets: Tensor | None,
@@ -42,31 +45,58 @@ def gradients(
 ) -> Gradients:
     """From those of o (B, H, N, E) and of the last state, both as wide as the state. Arguments as for a kernel."""
     if offsets is None:
-        return _of_sequence(plan, operands, state, d_o, d_last)
+        return _of_sequence(plan, kernel, operands, state, d_o, d_last)
     totals = [torch.zeros_like(x) if x.is_floating_point() else None for x in operands]
     d_states: list[Tensor] = []
     for i, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
         one = slice(i, i + 1)
-        found = _of_sequence(
-            plan, [_tokens(x, start, end) for x in operands], state[one], d_o[:, :, start:end], d_last[one]
-        )
+        parts = [_tokens(x, start, end) for x in operands]
+        found = _of_sequence(plan, kernel, parts, state[one], d_o[:, :, start:end], d_last[one])
         _add_all(totals, found.operands, start, end)
         d_states.append(found.state)
     return Gradients(tuple(totals), torch.cat(d_states) if d_states else d_last)
 
 
+class Interpreted:
+    """A sequential kernel that is none: the steps of a plan by PyTorch."""
+
+    def __init__(self, plan: SequentialPlan) -> None:
+        self._plan = plan
+
+    def forward(
+        self,
+        operands: Sequence[Tensor],
+        initial_state: Tensor | None,
+        offsets: Tensor | None,
+        o: Tensor,
+        final_state: Tensor | None,
+    ) -> None:
+        """As that of a compiled kernel, which always has both states."""
+        assert initial_state is not None
+        assert final_state is not None
+        places = [0, o.shape[2]] if offsets is None else offsets.tolist()
+        for i, (start, end) in enumerate(itertools.pairwise(places)):
+            one = slice(None) if offsets is None else slice(i, i + 1)
+            parts = [_tokens(x, start, end) for x in operands]
+            o[:, :, start:end], final_state[one] = _stretch(self._plan, parts, initial_state[one], end - start)
+
+
 def _of_sequence(
-    plan: SequentialPlan, operands: Sequence[Tensor], state: Tensor, d_o: Tensor, d_last: Tensor
+    plan: SequentialPlan,
+    kernel: CompiledSequential,
+    operands: Sequence[Tensor],
+    state: Tensor,
+    d_o: Tensor,
+    d_last: Tensor,
 ) -> Gradients:
     count = d_o.shape[2]
     length = max(math.isqrt(count), 1)
     starts = range(0, count, length)
-    states: list[Tensor] = []
-    with torch.no_grad():
-        for start in starts:
-            states.append(state)
-            if start + length < count:
-                _, state = _stretch(plan, [_tokens(x, start, start + length) for x in operands], state, length)
+    states = [state] if starts else []
+    o = state.new_empty((*state.shape[:2], length, state.shape[3]), dtype=TORCH_DTYPES[plan.stored])
+    for start in starts[:-1]:
+        states.append(torch.empty_like(state))
+        kernel.forward([_tokens(x, start, start + length) for x in operands], states[-2], None, o, states[-1])
     totals = [torch.zeros_like(x) if x.is_floating_point() else None for x in operands]
     d_state = d_last
     for start, before in zip(reversed(starts), reversed(states), strict=True):
@@ -109,10 +139,11 @@ def _add_all(totals: Sequence[Tensor | None], found: Sequence[Tensor | None], st
 def _stretch(plan: SequentialPlan, operands: Sequence[Tensor], state: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """o (B, H, count, E) of some tokens and the state after them, by PyTorch."""
     names = [operand.name for operand in plan.operands]
+    # Taken apart at once: each of `count` slices would have a gradient as large as the operand.
+    tokens = [x.unbind(2) if x.shape[2] > 1 else (x[:, :, 0],) * count for x in operands]
     outputs: list[Tensor] = []
     for t in range(count):
-        at_token = {name: x[:, :, t if x.shape[2] > 1 else 0] for name, x in zip(names, operands, strict=True)}
-        o, state = _token(plan, at_token, state)
+        o, state = _token(plan, {name: x[t] for name, x in zip(names, tokens, strict=True)}, state)
         outputs += [o] if plan.writes else []
     empty = state.new_zeros((*state.shape[:2], count, plan.value_width))
     return torch.stack(outputs, 2) if outputs else empty, state
@@ -131,6 +162,12 @@ def _token(plan: SequentialPlan, operands: Mapping[str, Tensor], state: Tensor) 
 
 
 def _step(step: Step, values: Mapping[str, Tensor], wide: torch.dtype) -> Tensor:
+    match step:
+        case Step(value=Apply(op="mul", args=(Variable(name=a), Variable(name=b))), op="sum", over=Axis() as over):
+            if all(values[name].shape[_AXES[over.channel]] == over.size for name in (a, b)):
+                return _product(values[a], values[b], over)
+        case _:
+            pass
     value = _value(step.value, values, wide, active=None)
     value = value.reshape((1,) * (4 - value.dim()) + value.shape)
     if step.over is None:
@@ -140,6 +177,16 @@ def _step(step: Step, values: Mapping[str, Tensor], wide: torch.dtype) -> Tensor
     shape[axis] = step.over.size
     value = value.expand(shape)
     return value.sum(axis, keepdim=True) if step.op == "sum" else value.amax(axis, keepdim=True)
+
+
+def _product(a: Tensor, b: Tensor, over: Axis) -> Tensor:
+    """The sum of a * b over a channel, as a product of matrices: what is as large as the state is not written out."""
+    if over.channel == "e":
+        return _product(a.mT, b.mT, replace(over, channel="d")).mT
+    if b.shape[-1] == 1:
+        a, b = b, a
+    # Of two vectors, or a vector and a matrix.
+    return a.mT @ b if a.shape[-1] == 1 else (a * b).sum(-2, keepdim=True)
 
 
 def _value(expr: Expr, values: Mapping[str, Tensor], wide: torch.dtype, active: Tensor | None) -> Tensor:
