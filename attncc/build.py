@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attncc.diagnostics import BuildError, CallError, SpecError
+from attncc.diagnostics import CallError, SpecError
 from attncc.emit.families import BACKENDS, template_folders
 from attncc.errors import CannotReadSpec, PassedByPosition
 from attncc.ir.nodes import Attention
@@ -150,16 +150,6 @@ def check(spec: str | Path | Source, *, name: str | None = None, **constants: bo
         return front_end()
     key = cache.key_of("check", cache.compiler_fingerprint(), source.name, source.text, name, sorted(constants.items()))
     return cache.remember(key, front_end)
-
-
-def check_pairwise(spec: str | Path | Source, *, name: str | None = None, **constants: bool | int | float) -> Attention:
-    """As `check`, for what works on kernels. Raises BuildError for a recurrence: this version has none of it."""
-    attention = check(spec, name=name, **constants)
-    if isinstance(attention, Recurrence):
-        from attncc.runtime.recurrent_errors import NoRecurrentKernel
-
-        raise BuildError(NoRecurrentKernel(None, attention.name))
-    return attention
 
 
 def read(spec: str | Path) -> Source:

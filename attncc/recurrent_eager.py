@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from attncc.ir.recurrence import Recurrence
-from attncc.passes.updates import UpdateForm
+from attncc.passes.normal_form import NormalForm, normal_form
+from attncc.passes.updates import UpdateForm, update_form
+from attncc.runtime.recurrent_arguments import BoundRecurrence, sizes_of
 from attncc.runtime.recurrent_operands import Operands, prepare
+from attncc.runtime.sequential import SequentialKernels
 
 
 def token_loop(
@@ -51,6 +54,28 @@ def token_loop(
         states.append(current)
     output = torch.stack(outputs, 2) if outputs else q.new_zeros((batch, heads, 0, prepared.value_width), dtype=wide)
     return prepared.finished(output.to(q.dtype)), torch.cat(states) if states else state
+
+
+def plain_recurrence(
+    recurrence: Recurrence,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: Mapping[str, Any],
+    initial_state: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`token_loop` of its update form; of its statements where it has none."""
+    form = normal_form(recurrence)
+    if isinstance(form, NormalForm):
+        places = None if offsets is None else offsets.tolist()
+        return token_loop(recurrence, update_form(form), q, k, v, inputs, initial_state, 0, places)
+    tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+    defaults = {p.name: p.default for p in recurrence.scalars if p.default is not None}
+    scalars = defaults | {name: x for name, x in inputs.items() if not isinstance(x, Tensor)}
+    sizes = sizes_of({"q": q, "k": k, "v": v})
+    bound = BoundRecurrence(sizes, 0, tensors, scalars, initial_state, offsets)
+    return SequentialKernels(recurrence, None, (), interpreted=True).run(q, k, v, bound)
 
 
 def _token(form: UpdateForm, operands: Operands, t: int, state: Tensor) -> tuple[Tensor, Tensor]:

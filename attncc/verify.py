@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any, TypeVar
 
 import hypothesis
 import torch
@@ -44,6 +45,7 @@ WIDTHS = ((8, 8), (7, 5), (64, 64))
 WIDE = {"f32": ((80, 96), (128, 128)), "bf16": ((80, 96), (128, 128))}
 
 _KERNEL = Callable[..., tuple[Tensor, Tensor | None]]
+AnyCase = TypeVar("AnyCase")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,7 @@ class Failure:
     """A case that went wrong, as small as it could be made. result: o, lse, or what has a wrong gradient: `dq`, say."""
 
     target: str
-    case: Case
+    case: Any
     result: str
     message: str
 
@@ -111,22 +113,35 @@ def verify(
     scalars are drawn, but for those in `scalars`. `tick` is called once per example; shrinking calls it too.
     """
     report = Report(target)
-    for i, dtype in enumerate(dtypes):
-        share = examples // len(dtypes) + (i < examples % len(dtypes))
-        if share and report.failure is None:
-            drawn = cases(attention, dtype, longest, scalars)
-            _verify_dtype(attention, kernel, report, drawn, share, seed, gradients, tick)
+    strategies = [cases(attention, dtype, longest, scalars) for dtype in dtypes]
+    search(report, strategies, lambda case: _try(attention, kernel, case, report, gradients), examples, seed, tick)
     return report
 
 
-def _verify_dtype(
-    attention: Attention,
-    kernel: _KERNEL,
+def search(
     report: Report,
-    drawn: st.SearchStrategy[Case],
+    strategies: Sequence[st.SearchStrategy[AnyCase]],
+    attempt: Callable[[AnyCase], tuple[str, str] | None],
     examples: int,
     seed: int,
-    gradients: bool,
+    tick: Callable[[], object],
+) -> None:
+    """Tries cases of each strategy in turn, which share the examples, up to the first that has one that fails.
+
+    attempt: which result of a case is wrong, and what is wrong with it; None where nothing is.
+    """
+    for i, drawn in enumerate(strategies):
+        share = examples // len(strategies) + (i < examples % len(strategies))
+        if share and report.failure is None:
+            _search(report, drawn, attempt, share, seed, tick)
+
+
+def _search(
+    report: Report,
+    drawn: st.SearchStrategy[AnyCase],
+    attempt: Callable[[AnyCase], tuple[str, str] | None],
+    examples: int,
+    seed: int,
     tick: Callable[[], object],
 ) -> None:
     @hypothesis.seed(seed)
@@ -140,9 +155,9 @@ def _verify_dtype(
         verbosity=hypothesis.Verbosity.quiet,
     )
     @hypothesis.given(drawn)
-    def holds(case: Case) -> None:
+    def holds(case: AnyCase) -> None:
         tick()
-        wrong = _try(attention, kernel, case, report, gradients)
+        wrong = attempt(case)
         if wrong is not None:
             # The last one to fail is the smallest.
             report.failure = Failure(report.target, case, *wrong)

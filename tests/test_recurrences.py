@@ -257,7 +257,7 @@ def test_the_front_stages_are_printed(stage: str, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize(
     "command",
-    [["run"], ["verify"], ["bench"], ["build", "-o", "out", "--target", "cpp"], ["emit", "--target", "cpp"]],
+    [["bench"], ["build", "-o", "out", "--target", "cpp"], ["emit", "--target", "cpp"]],
     ids=lambda command: command[0],
 )
 def test_commands_that_need_pairs_say_that_there_are_none(

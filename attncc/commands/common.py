@@ -13,16 +13,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from attncc.build import build, check, check_pairwise, read
+from attncc.build import build, check, read
 from attncc.check.suggest import nearest
 from attncc.commands.output import reason, say
-from attncc.diagnostics import CallError
+from attncc.diagnostics import BuildError, CallError
 from attncc.errors import CannotRead, CannotWrite, MissingOperand, NoShapeAtSizes, TensorSetting, UnknownSetting
 from attncc.inputs import captured_tensors, describe, operands
 from attncc.ir.nodes import Attention, Elementwise
-from attncc.ir.recurrence import Specification
+from attncc.ir.recurrence import Recurrence, Specification
+from attncc.recurrent_inputs import recurrent_tensors
 from attncc.runtime.arguments import Sizes
 from attncc.runtime.call import CompiledAttention
+from attncc.runtime.recurrent import RecurrentAttention
+from attncc.runtime.recurrent_errors import NoRecurrentKernel
 from attncc.runtime.targets import INTERPRET, known_target
 from attncc.syntax import nodes, parse
 
@@ -36,23 +39,35 @@ class Loaded:
     path: str
     name: str | None
     text: str
-    attention: Attention
+    attention: Specification
     constants: Mapping[str, Value]
     scalars: Mapping[str, Value]
 
+    @property
+    def pairwise(self) -> Attention:
+        """The attention, for commands that work on pairs. Raises BuildError where it is a recurrence."""
+        if isinstance(self.attention, Recurrence):
+            raise BuildError(NoRecurrentKernel(None, self.attention.name))
+        return self.attention
+
+    def built(self, target: str | None, templates: list[str]) -> CompiledAttention | RecurrentAttention:
+        return build(self.path, name=self.name, target=target, templates=templates, **self.constants)
+
     def compiled(self, target: str | None, templates: list[str]) -> CompiledAttention:
-        built = build(self.path, name=self.name, target=target, templates=templates, **self.constants)
-        assert isinstance(built, CompiledAttention), "loaded as pairwise"
+        """As `built`, for commands that work on pairs."""
+        assert self.pairwise is self.attention
+        built = self.built(target, templates)
+        assert isinstance(built, CompiledAttention)
         return built
 
 
 def load(path: str, name: str | None, settings: Mapping[str, Value]) -> Loaded:
-    """Reads and checks a specification. Raises SpecError for its mistakes, BuildError where it has no kernels."""
+    """Reads and checks a specification. Raises SpecError for its mistakes."""
     source = read(Path(path))
     constants = constant_names(parse(source), name)
     values = {key: value for key, value in settings.items() if key in constants}
     others = {key: value for key, value in settings.items() if key not in constants}
-    attention = check_pairwise(Path(path), name=name, **values)
+    attention = check(Path(path), name=name, **values)
     refuse_unknown(attention, others, sorted(constants))
     return Loaded(path, name, source.text, attention, values, others)
 
@@ -108,11 +123,16 @@ def call_arguments(
     if missing:
         generator = torch.Generator().manual_seed(arguments.seed + 1)
         try:
-            made_up = captured_tensors(loaded.attention, sizes, dtype, generator)
+            if isinstance(loaded.attention, Recurrence):
+                made_up = recurrent_tensors(loaded.attention, q, k, v, loaded.scalars, generator)
+            else:
+                made_up = captured_tensors(loaded.attention, sizes, dtype, generator)
         except ValueError as error:
             raise CallError(NoShapeAtSizes(None, str(error))) from error
         for tensor in missing:
-            say(f"`{tensor.name}` is not given; taking {describe(tensor)}")
+            recurrent = isinstance(loaded.attention, Recurrence)
+            what = "numbers with which states do not explode" if recurrent else describe(tensor)
+            say(f"`{tensor.name}` is not given; taking {what}")
             given[tensor.name] = made_up[tensor.name]
     q, k, v = (x.to(device) for x in (q, k, v))
     return q, k, v, {**{name: tensor.to(device) for name, tensor in given.items()}, **loaded.scalars}
@@ -135,9 +155,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def returns_lse(attention: Attention) -> bool:
+def returns_lse(attention: Specification) -> bool:
     """Whether a row of weights has a sum to return."""
-    return not isinstance(attention.normalizer, Elementwise)
+    return isinstance(attention, Attention) and not isinstance(attention.normalizer, Elementwise)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ def draw(loaded: Loaded, arguments: argparse.Namespace) -> None:
     """Draws the mask of one head of a call, of --input or made up, in the tiles of the kernel of --target."""
     attn = loaded.compiled(arguments.target, arguments.templates)
     q, k, v, inputs = call_arguments(loaded, arguments, TORCH_DTYPES[DType(arguments.dtype)], "cpu")
-    signature = Signature(loaded.attention)
+    signature = Signature(loaded.pairwise)
     try:
         bound = signature.bind(q, k, v, None, inputs)
     except Mismatch:
@@ -34,7 +34,7 @@ def draw(loaded: Loaded, arguments: argparse.Namespace) -> None:
     program, _, _ = attn.sources(specialization, parse_target(arguments.target, attn.templates))
     tile = program.forward.tile
     counts = draw_mask(
-        loaded.attention,
+        loaded.pairwise,
         {**sizes._asdict(), "q_offset": bound.q_offset},
         {**bound.tensors, **bound.scalars},
         arguments.png,

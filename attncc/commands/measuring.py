@@ -41,7 +41,7 @@ def bench(arguments: argparse.Namespace) -> int:
         with progress() as bar:
             task = bar.add_task("", total=None)
             result = compare(
-                loaded.attention,
+                loaded.pairwise,
                 lambda: attn(q, k, v, **inputs),
                 Call(q, k, v, inputs),
                 against=against,

@@ -65,16 +65,15 @@ def explain(arguments: argparse.Namespace) -> int:
             raise CallError(UnknownCode(None, what))
         print(text)
         return 0
-    from attncc.commands.common import load, load_checked
+    from attncc.commands.common import load
     from attncc.ir.recurrence import Recurrence
 
-    recurrence = load_checked(what, arguments.name, dict(arguments.set))
-    if isinstance(recurrence, Recurrence) and arguments.png is None:
+    loaded = load(what, arguments.name, dict(arguments.set))
+    if isinstance(loaded.attention, Recurrence) and arguments.png is None:
         from attncc.explain_recurrence import explain_recurrence
 
-        print(explain_recurrence(read(Path(what)).text, recurrence))
+        print(explain_recurrence(read(Path(what)).text, loaded.attention))
         return 0
-    loaded = load(what, arguments.name, dict(arguments.set))
     attn = loaded.compiled(arguments.target, arguments.templates)
     if arguments.png is None:
         from attncc.ir.types import DType

@@ -140,7 +140,7 @@ def _stretch(plan: SequentialPlan, operands: Sequence[Tensor], state: Tensor, co
     """o (B, H, count, E) of some tokens and the state after them, by PyTorch."""
     names = [operand.name for operand in plan.operands]
     # Taken apart at once: each of `count` slices would have a gradient as large as the operand.
-    tokens = [x.unbind(2) if x.shape[2] > 1 else (x[:, :, 0],) * count for x in operands]
+    tokens = [x.unbind(2) if x.shape[2] != 1 else (x[:, :, 0],) * count for x in operands]
     outputs: list[Tensor] = []
     for t in range(count):
         o, state = _token(plan, {name: x[t] for name, x in zip(names, tokens, strict=True)}, state)
