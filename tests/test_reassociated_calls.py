@@ -93,6 +93,13 @@ def test_decoding_runs_on_pairs(runs: list[int]) -> None:
     assert runs == [N]
 
 
+def test_a_decay_that_changes_its_sign_runs_on_pairs(runs: list[int]) -> None:
+    attn, rows, _ = problem(RETENTION)
+    gamma = torch.tensor([0.9, -0.9, 0.5, 1.0])
+    assert torch.allclose(attn(*rows, gamma=gamma).double(), attn.reference(*rows, gamma=gamma), rtol=1e-4, atol=1e-4)
+    assert not runs
+
+
 def test_a_softmax_stays_pairwise(runs: list[int]) -> None:
     attn = attncc.build("attention a():\n    mask = causal\n")
     attn(*(torch.randn(1, 1, 8, 8) for _ in range(3)))

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from attncc.ir.nodes import Attention
+from attncc.ir.nodes import Apply, Attention
+from attncc.ir.rewrite import walk
 from attncc.passes.normal_form import NormalForm, normal_form
 from attncc.passes.reassociate import Refusal, recurrence_of
 from attncc.passes.updates import update_form
 from attncc.runtime.arguments import Bound
 from attncc.runtime.recurrent_arguments import BoundRecurrence
 from attncc.runtime.recurrent_kernels import RecurrentKernels
+from attncc.runtime.recurrent_operands import token_values
 from attncc.runtime.tracing import lies_in_memory
 
 
@@ -23,11 +26,18 @@ class Reassociated:
 
     def __init__(self, kernels: RecurrentKernels) -> None:
         self.kernels = kernels
+        decay = kernels.form.log_decay
+        nodes = () if decay is None else walk(decay)
+        self._logarithms = [node.args[0] for node in nodes if isinstance(node, Apply) and node.op == "log"]
 
     def takes(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound) -> bool:
-        """Whether a call is one of those, and nothing but autograd looks at it."""
+        """Whether a call is one of those, its decays have logarithms, and nothing but autograd looks at it."""
         sizes = bound.sizes
-        return sizes.M == sizes.N and bound.q_offset == 0 and lies_in_memory(q, k, v, bound)
+        if sizes.M != sizes.N or bound.q_offset != 0 or not lies_in_memory(q, k, v, bound):
+            return False
+        with torch.no_grad():
+            decays = token_values(self.kernels.recurrence, self._logarithms, q, k, v, bound.inputs)
+        return all(bool((decay >= 0).all()) for decay in decays)
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound) -> Tensor:
         """o (B, H, M, E); differentiable."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,10 +81,7 @@ def prepare(
     the recurrence is bidirectional q, and so the query, may have another number of tokens.
     An operand that is a row or a captured tensor as it came is that tensor, not a copy.
     """
-    heads = max(x.shape[1] for x in (q, k, v))
-    sizes = {"B": q.shape[0], "H": heads, "HKV": k.shape[1], "M": q.shape[2], "N": k.shape[2]}
-    sizes |= {"D": q.shape[3], "E": v.shape[3], "q_offset": q_offset}
-    given = {p.name: p.default for p in recurrence.scalars if p.default is not None} | dict(inputs)
+    sizes, given = _sizes(q, k, v, q_offset), _given(recurrence, inputs)
     rows: dict[RowName, Tensor] = {"q": q, "k": k, "v": v}
     if recurrence.bidirectional:
         of_query = Evaluator(recurrence, {"q": q}, given, sizes)
@@ -116,6 +113,25 @@ def prepare(
     )
 
 
+def token_values(
+    recurrence: Recurrence, exprs: Sequence[Expr], q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str, Any]
+) -> list[Tensor]:
+    """The values of expressions that read no rows: (B, H, N, 1)."""
+    evaluator = Evaluator(recurrence, {}, _given(recurrence, inputs), _sizes(q, k, v, 0), like=q)
+    return [evaluator.vector(expr, 1, evaluator.env.floating) for expr in exprs]
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor, q_offset: int) -> dict[str, int]:
+    heads = max(x.shape[1] for x in (q, k, v))
+    sizes = {"B": q.shape[0], "H": heads, "HKV": k.shape[1], "M": q.shape[2], "N": k.shape[2]}
+    return sizes | {"D": q.shape[3], "E": v.shape[3], "q_offset": q_offset}
+
+
+def _given(recurrence: Recurrence, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs, with the defaults of those that are left out."""
+    return {p.name: p.default for p in recurrence.scalars if p.default is not None} | dict(inputs)
+
+
 class Evaluator:
     """Evaluates expressions over b, h, t and one of d and e, all tokens at once."""
 
@@ -125,8 +141,10 @@ class Evaluator:
         rows: Mapping[RowName, Tensor],
         inputs: Mapping[str, Any],
         sizes: Mapping[str, int],
+        like: Tensor | None = None,
     ) -> None:
-        some = next(iter(rows.values()))
+        """rows: those of q, k and v that expressions read. like: where there are none, a tensor of as many tokens."""
+        some = next(iter(rows.values())) if like is None else like
         device, wide = some.device, torch.promote_types(some.dtype, torch.float32)
         self.shape = (sizes["B"], sizes["H"], some.shape[2])
         h = torch.arange(sizes["H"], device=device).reshape(-1, 1, 1)
