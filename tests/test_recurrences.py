@@ -253,19 +253,3 @@ def test_explain_prints_the_normal_form(capsys: pytest.CaptureFixture[str], tmp_
 def test_the_front_stages_are_printed(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["emit", str(EXAMPLES / "retnet.attn"), "--stage", stage]) == 0
     assert "retnet" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "command",
-    [["bench"], ["build", "-o", "out", "--target", "cpp"], ["emit", "--target", "cpp"]],
-    ids=lambda command: command[0],
-)
-def test_commands_that_need_pairs_say_that_there_are_none(
-    command: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    name, *options = command
-    assert main([name, str(EXAMPLES / "retnet.attn"), *options]) == 1
-    assert (
-        "error[A0547]: this command works on pairs of queries and keys, and `retnet` is a recurrence"
-        in capsys.readouterr().err
-    )

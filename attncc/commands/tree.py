@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 
 from attncc.ir.nodes import Attention, Expr
+from attncc.ir.recurrence import Recurrence
 from attncc.ir.text import to_text
 from attncc.source import Span
 
@@ -19,7 +20,7 @@ def dump(node: object) -> str:
 def _lines(label: str, node: object, depth: int) -> Iterator[str]:
     prefix = "  " * depth + label
     match node:
-        case Attention(name=name):
+        case Attention(name=name) | Recurrence(name=name):
             yield f"{prefix}attention {name}"
         case _ if isinstance(node, Expr):
             yield prefix + to_text(node)

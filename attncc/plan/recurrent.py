@@ -10,7 +10,7 @@ For each batch and head, with everything below of token t:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from attncc.ir.types import DType
@@ -88,3 +88,8 @@ def plan_core(
         erases_before=form.before,
         read=form.read,
     )
+
+
+def gradient_of(plan: CorePlan) -> CorePlan:
+    """The gradients of a core, by operands that are given."""
+    return replace(plan, kernel="recurrent_backward", name=f"{plan.name}_backward")

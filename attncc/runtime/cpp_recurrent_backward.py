@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attncc.emit.recurrent_backward_cpp import backward_fields, render_backward
-from attncc.plan.recurrent import CorePlan
+from attncc.plan.recurrent import CorePlan, gradient_of
 from attncc.runtime.cpp import CppKernel, kernel_of
 from attncc.runtime.cpp_recurrent import operand_slots, pointer, readable, size_slots
 from attncc.runtime.programs import contiguous
@@ -73,7 +73,7 @@ class CppGradients:
 
 def compile_gradients(plan: CorePlan, templates: Sequence[Path], folder: Path) -> CppGradients:
     """The gradients of the core of `plan`, a plan of the forward kernel; as `compile_core`."""
-    plan = replace(plan, kernel="recurrent_backward", name=f"{plan.name}_backward")
+    plan = gradient_of(plan)
     source = render_backward(plan, templates)
     return CppGradients(plan, kernel_of(plan.name, plan.target, backward_fields(plan), source, folder))
 

@@ -23,6 +23,7 @@ class StagedCppCore:
 
     def __init__(self, plan: CorePlan, kernel: CppKernel) -> None:
         assert plan.staging is not None
+        self.plan = plan
         self._staging = plan.staging
         self._kernel = kernel
         # The kernel sets operands itself.

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from attncc.ir.nodes import Attention
@@ -20,7 +19,7 @@ from attncc.runtime.arguments import DTYPES, Bound
 from attncc.runtime.backward import CompiledBackward, Results, compile_backward
 from attncc.runtime.captured import captured_gradients
 from attncc.runtime.programs import CompiledProgram, compile_program
-from attncc.runtime.targets import parse, resolve
+from attncc.runtime.targets import default_target, resolve
 
 # The plans, their sources, and that of the module that launches them.
 Sources = tuple[Program, tuple[str, ...], str]
@@ -136,9 +135,7 @@ class Kernels:
         return cache.key_of(*parts, cache.compiler_fingerprint(), to_text(self.attention), files)
 
     def _default_target(self) -> Target:
-        if self.target is not None:
-            return parse(self.target, self.templates)
-        return resolve(None, torch.device("cpu"), self.templates)
+        return default_target(self.target, self.templates)
 
     def _compile(self, key: object, q: Tensor, bound: Bound, *, statistics: bool = False) -> CompiledProgram:
         specialization = replace(specialization_of(q, bound), statistics=statistics)

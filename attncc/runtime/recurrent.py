@@ -16,13 +16,15 @@ from attncc.explain_recurrence import explain_recurrence
 from attncc.ir.recurrence import Recurrence
 from attncc.passes.normal_form import Sequential, normal_form
 from attncc.passes.updates import update_form
+from attncc.plan.nodes import Specialization
 from attncc.reference import OutOfRange
 from attncc.runtime import refusals
-from attncc.runtime.arguments import Signature
+from attncc.runtime.arguments import DTYPES, Signature, preferred_dtype, stored_dtype
 from attncc.runtime.recurrent_arguments import BoundRecurrence, bind_recurrence
 from attncc.runtime.recurrent_errors import WrongState
 from attncc.runtime.recurrent_kernels import RecurrentKernels
 from attncc.runtime.sequential import SequentialKernels
+from attncc.runtime.targets import default_target
 from attncc.runtime.tracing import cast_by_autocast
 
 
@@ -115,6 +117,17 @@ class RecurrentAttention:
         except OutOfRange as error:
             raise CallError(refusals.reads_outside(error)) from error
         return (o, state) if return_state else o
+
+    def source(
+        self, *, dtype: torch.dtype = torch.float32, head_dim: int = 64, head_dim_v: int | None = None
+    ) -> dict[str, str]:
+        """The source of each kernel by its name: of all forward kernels that have been compiled so far, or else for
+        these types. Nothing where every query reads all tokens and PyTorch takes two products of matrices."""
+        tensors = tuple((p.name, stored_dtype(p, preferred_dtype(p))) for p in self.attention.tensors)
+        specialization = Specialization(DTYPES[dtype], head_dim, head_dim_v or head_dim, tensors)
+        target = default_target(self.target, self.templates)
+        kernels = self.kernels.built_sources() or self.kernels.sources(specialization, target)
+        return {plan.name: text for plan, text in kernels}
 
     def explain(self) -> str:
         """The statements as they were understood, the normal form that they were brought to, and the kernel."""

@@ -10,16 +10,33 @@ from attncc.diagnostics import Diagnostic
 @dataclass(frozen=True, slots=True)
 class NoRecurrentKernel(Diagnostic):
     code = "A0547"
-    title = "this command works on pairs of queries and keys, and `{name}` is a recurrence"
-    help = "attncc.build(…) from Python runs it; `attncc emit --stage ir` and attn.explain() print what was derived"
+    title = "this works on pairs of queries and keys, and `{name}` is a recurrence"
+    help = "for a recurrence there are run, verify, bench, build, emit without --standalone, and explain without --png"
     explanation = (
-        "Recurrences are compiled to kernels of their own, which some commands do not know in this version: they work "
-        "on scores of pairs, of which a recurrence has none."
+        "A recurrence has no scores of pairs, so there is no mask to draw. Its kernels take vectors that PyTorch makes "
+        "of the inputs, or launch one after the other, which a file that runs without attncc cannot do in this version."
     )
-    bad = "attncc verify examples/recurrent/retnet.attn"
-    good = 'attncc.build("examples/recurrent/retnet.attn")(q, k, v, gamma=gamma)'
+    bad = "attncc emit examples/recurrent/retnet.attn --standalone"
+    good = "attncc emit examples/recurrent/retnet.attn"
 
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class NoKernelOfItsOwn(Diagnostic):
+    code = "A0548"
+    title = "there is no kernel to compile for `{name}`: {why}"
+    help = "`attncc run` and attncc.build(…) run it as it is"
+    explanation = (
+        "PyTorch computes some things as fast as a kernel would, and some that have none: where every query reads what "
+        "all tokens leave, two products of matrices; the gradients of a recurrence that has no normal form, the same "
+        "statements token by token."
+    )
+    bad = "attncc build features_of_all_keys.attn"
+    good = "attncc run features_of_all_keys.attn"
+
+    name: str
+    why: str
 
 
 @dataclass(frozen=True, slots=True)

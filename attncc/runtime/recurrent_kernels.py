@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,12 @@ from torch import Tensor
 from attncc.ir.recurrence import Recurrence
 from attncc.ir.types import DType
 from attncc.passes.updates import UpdateForm
-from attncc.plan.nodes import Target
-from attncc.plan.recurrent import CorePlan, plan_core
+from attncc.plan.nodes import Specialization, Target
+from attncc.plan.recurrent import CorePlan, gradient_of, plan_core
 from attncc.plan.staging import NotStaged, plan_staging
 from attncc.runtime import cache
-from attncc.runtime.arguments import DTYPES
-from attncc.runtime.recurrent_arguments import BoundRecurrence
+from attncc.runtime.arguments import DTYPES, Sizes
+from attncc.runtime.recurrent_arguments import BoundRecurrence, state_shape
 from attncc.runtime.recurrent_core import CompiledCore, run_core, states_like
 from attncc.runtime.recurrent_operands import Operands, prepare
 from attncc.runtime.targets import resolve
@@ -75,6 +75,29 @@ class RecurrentKernels:
             self._core(operands, width).forward(operands, state, bound.offsets, output, state)
             return prepared.finished(output)
 
+    def sources(
+        self, specialization: Specialization, target: Target, *, backward: bool = False
+    ) -> tuple[tuple[CorePlan, str], ...]:
+        """The plan and the source of each kernel that calls of these types and widths may run on, or their backward
+        passes; none where PyTorch computes everything."""
+        if self.recurrence.bidirectional:
+            return ()
+        widths = specialization.head_dim_qk, specialization.head_dim_v
+        *_, key_width, value_width = state_shape(self.recurrence, Sizes(1, 1, 1, 1, 1, *widths), 1)
+        core = plan_core(self.form, "recurrent", target, specialization.dtype, key_width, value_width)
+        staged = None if backward else self._staged_plan(target, specialization.dtype, widths, specialization.tensors)
+        return self._rendered([gradient_of(core) if backward else core, *(() if staged is None else (staged,))])
+
+    def built_sources(self) -> tuple[tuple[CorePlan, str], ...]:
+        """Those of all kernels that have been compiled so far."""
+        staged = [core.plan for core in self.staged.values() if core is not None]
+        return self._rendered([*(plan for plan, _ in self.built.values()), *staged])
+
+    def _rendered(self, plans: Sequence[CorePlan]) -> tuple[tuple[CorePlan, str], ...]:
+        from attncc.runtime.recurrent_sources import source_of
+
+        return tuple((plan, source_of(plan, self.templates)) for plan in plans)
+
     def _bidirectional(self, operands: Operands, width: int, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Every query reads what all tokens have left: a sum over tokens, and two products of matrices in all."""
         wide = torch.promote_types(operands.query.dtype, torch.float32)
@@ -100,29 +123,36 @@ class RecurrentKernels:
 
     def _staged(self, q: Tensor, v: Tensor, bound: BoundRecurrence) -> StagedCppCore | None:
         """A core that makes its operands itself; None where there is none, and PyTorch has to make them."""
-        dtypes = {name: DTYPES[x.dtype] for name, x in bound.tensors.items()}
-        key = ("staged", q.dtype, q.shape[3], v.shape[3], q.device, *dtypes.values())
+        dtypes = tuple((name, DTYPES[x.dtype]) for name, x in bound.tensors.items())
+        key = ("staged", q.dtype, q.shape[3], v.shape[3], q.device, *dtypes)
         if key not in self.staged:
             with self._lock:
                 if key not in self.staged:
                     self.staged[key] = self._compile_staged(q, v, dtypes)
         return self.staged[key]
 
-    def _compile_staged(self, q: Tensor, v: Tensor, dtypes: dict[str, DType]) -> StagedCppCore | None:
+    def _compile_staged(self, q: Tensor, v: Tensor, dtypes: Sequence[tuple[str, DType]]) -> StagedCppCore | None:
         target = resolve(self.target, q.device, self.templates)
-        if target.backend != "cpp":
+        plan = self._staged_plan(target, DTYPES[q.dtype], (q.shape[3], v.shape[3]), dtypes)
+        if plan is None:
             return None
         from attncc.runtime.cpp_staged import compile_staged
 
-        own = DTYPES[q.dtype]
+        return cache.in_folder(partial(compile_staged, plan, self.templates))
+
+    def _staged_plan(
+        self, target: Target, dtype: DType, widths: tuple[int, int], tensors: Sequence[tuple[str, DType]]
+    ) -> CorePlan | None:
+        """The plan of a core that makes its operands; widths: those of q and v."""
+        if target.backend != "cpp":
+            return None
+        dtypes: Mapping[str, DType] = {**dict(tensors), "q": dtype, "k": dtype, "v": dtype}
         try:
-            staging = plan_staging(
-                self.recurrence, self.form, {**dtypes, "q": own, "k": own, "v": own}, q.shape[3], v.shape[3]
-            )
+            staging = plan_staging(self.recurrence, self.form, dtypes, *widths)
         except NotStaged:
             return None
-        plan = replace(self.plan(target, q.dtype, q.shape[3], v.shape[3]), name="recurrent_staged", staging=staging)
-        return cache.in_folder(partial(compile_staged, plan, self.templates))
+        core = plan_core(self.form, "recurrent", target, dtype, *widths)
+        return replace(core, name="recurrent_staged", staging=staging)
 
     def _core(self, operands: Operands, value_width: int) -> CompiledCore:
         query = operands.query

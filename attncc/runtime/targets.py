@@ -42,6 +42,11 @@ def resolve(named: str | None, device: torch.device, folders: Sequence[Path]) ->
     return target
 
 
+def default_target(named: str | None, folders: Sequence[Path]) -> Target:
+    """The target where there are no tensors: the one that is named, or that of the processor."""
+    return resolve(None, torch.device("cpu"), folders) if named is None else parse(named, folders)
+
+
 def parse(named: str, folders: Sequence[Path] = (), device: torch.device | None = None) -> Target:
     """The target of a name, with the machine at hand where it names none."""
     target = known_target(named, folders)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attncc.emit.recurrent_triton import layout_of, render_core
-from attncc.plan.recurrent import CorePlan
+from attncc.plan.recurrent import CorePlan, gradient_of
 from attncc.runtime.recurrent_operands import Operands
 from attncc.runtime.triton import LoadedModule
 
@@ -70,7 +70,7 @@ class TritonCore:
         self.plan = plan
         self.layout = layout_of(plan)
         self._forward = _Kernels(plan, templates, folder)
-        self._backward = functools.cache(lambda: _Kernels(_backward_of(plan), templates, folder))
+        self._backward = functools.cache(lambda: _Kernels(gradient_of(plan), templates, folder))
 
     def forward(
         self,
@@ -238,10 +238,6 @@ def schedule_of(offsets: Tensor, tokens: int, chunk: int) -> Schedule:
 def _whole(tokens: int, chunk: int, device: torch.device) -> Schedule:
     """The chunks of one sequence of all tokens."""
     return schedule_of(torch.tensor([0, tokens], device=device), tokens, chunk)
-
-
-def _backward_of(plan: CorePlan) -> CorePlan:
-    return replace(plan, kernel="recurrent_backward", name=f"{plan.name}_backward")
 
 
 def _named(operands: Operands) -> dict[str, Tensor]:
