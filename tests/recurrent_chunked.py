@@ -123,8 +123,8 @@ class _Chunk:
         self.token = torch.cat([torch.arange(n), torch.arange(n).repeat_interleave(updates)])
         before = torch.tensor([plan.read == "pre"] * n + [plan.erases_before] * (n * updates))
         self.place = self.token - before.long()  # the token whose update is the last that a read sees; -1: none
-        reads = torch.cat([x.query[start:end], torch.stack(erases, 1).flatten(0, 1)])
-        writes = torch.stack(keys, 1).flatten(0, 1)
+        reads = torch.cat([x.query[start:end], *_by_token(erases)])
+        writes = torch.cat([zeros[:0], *_by_token(keys)])
         self.written = torch.arange(n).repeat_interleave(updates)
         strict = torch.tensor([plan.read == "pre"] * n + [True] * (n * updates))
         self.mask = (self.written < self.token[:, None]) | ((self.written == self.token[:, None]) & ~strict[:, None])
@@ -144,7 +144,7 @@ class _Chunk:
         self.writes_out, self.writes = writes * self.write_out, writes * self.write_factor
 
         self.pairs = (self.reads @ self.writes.T).where(self.mask, 0.0)
-        x_values = torch.stack(values, 1).flatten(0, 1) + self.reads_in[n:] @ state
+        x_values = torch.cat([no_value[:0], *_by_token(values)]) + self.reads_in[n:] @ state
         lower = torch.eye(n * updates, dtype=state.dtype) - self.pairs[n:]
         self.u = torch.linalg.solve_triangular(lower, x_values, upper=False, unitriangular=True)
         self.lower = lower
@@ -197,3 +197,8 @@ class _Chunk:
             to = self.head.gradients.log_decay
             to[self.start + t] = current if to.ndim == 2 else current.sum()
             current = current + joining[self.written == t].sum(0) - leaving[self.place == t].sum(0)
+
+
+def _by_token(updates: list[Tensor]) -> list[Tensor]:
+    """The rows of all updates in the order of their tokens; none where there are no updates."""
+    return list(torch.stack(updates, 1).flatten(0, 1).split(1)) if updates else []

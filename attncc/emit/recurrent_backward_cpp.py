@@ -12,13 +12,12 @@ from attncc.emit.recurrent_cpp import _operand, core_machine, operand_fields, si
 from attncc.emit.render import fill
 from attncc.plan.recurrent import CorePlan
 
-# Writes of a chunk, at most. A product of rows costs the more the more there are, one of a row and a state the less.
-_WRITES = 32
-
 
 def chunk_tokens(plan: CorePlan) -> int:
-    """Tokens of a chunk, in whole steps of products."""
-    return max(_WRITES // max(len(plan.updates), 1) // 8 * 8, 8)
+    """Tokens of a chunk, in whole steps of products. A product of rows with rows costs the more the more tokens there
+    are, what is done once per state the less; an erase doubles the former."""
+    writes = 32 if plan.erasing else 64
+    return max(writes // max(len(plan.updates), 1) // 8 * 8, 8)
 
 
 def described_updates(plan: CorePlan) -> str:
