@@ -19,11 +19,11 @@ from torch import Tensor
 
 import attncc
 from attncc import BuildError, CompiledAttention, cli, standalone
-from attncc.emit import families, run
+from attncc.emit import families, recurrent_cpp, run
 from attncc.emit.printers import printer_of
 from attncc.ir import blocks as block_nodes
 from attncc.plan import nodes as plan_nodes
-from attncc.plan import sequential
+from attncc.plan import recurrent, sequential
 from attncc.runtime.cpp_toolchain import native_arch
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
@@ -451,7 +451,7 @@ def _fields(kind: Any) -> set[str]:
 
 PLAN_TYPES = {
     kind.__name__: kind
-    for module in (plan_nodes, block_nodes, sequential, standalone)
+    for module in (plan_nodes, block_nodes, recurrent, sequential, standalone)
     for name, kind in vars(module).items()
     if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__ and not name.startswith("_")  # type: ignore[attr-defined]
 }
@@ -501,13 +501,17 @@ FILTER_TABLES = (
     "Filters of C++ kernels",
     "Filters of Triton kernels",
     "Filters of `run.py.jinja`",
+    "Filters of `cpp/recurrent.cpp.jinja`",
     "Filters of `standalone.py.jinja`",
 )
 
 
 @pytest.mark.parametrize("title", FILTER_TABLES)
 def test_every_filter_is_documented_and_every_documented_filter_exists(title: str) -> None:
-    given = _filters() | {FILTER_TABLES[-1]: _filters_of_standalone_files()}
+    given = _filters() | {
+        "Filters of `cpp/recurrent.cpp.jinja`": set(recurrent_cpp.FILTERS),
+        "Filters of `standalone.py.jinja`": _filters_of_standalone_files(),
+    }
     assert documented(title) == given[title]
 
 

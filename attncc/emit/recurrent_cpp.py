@@ -147,7 +147,7 @@ def erasing_updates(plan: CorePlan) -> list[NumberedUpdate]:
 def render_core(plan: CorePlan, templates: Sequence[Path] = ()) -> str:
     """The source of a kernel. Raises BuildError where its template cannot be rendered."""
     staging = {} if plan.staging is None else StagingText(plan, core_machine(plan)).filters()
-    return fill(f"{plan.kernel}.cpp.jinja", plan, plan.name, plan.target, {**_FILTERS, **staging}, templates)
+    return fill(f"{plan.kernel}.cpp.jinja", plan, plan.name, plan.target, {**FILTERS, **staging}, templates)
 
 
 def _elements(plan: CorePlan) -> list[str]:
@@ -158,7 +158,7 @@ def _elements(plan: CorePlan) -> list[str]:
     )
 
 
-_FILTERS: Mapping[str, Callable[..., object]] = {
+FILTERS: Mapping[str, Callable[..., object]] = {
     "core_machine": core_machine,
     "core_arguments": core_fields,
     "core_elements": _elements,
