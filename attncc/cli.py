@@ -139,7 +139,9 @@ def parser() -> argparse.ArgumentParser:
     _call(run)
     run.add_argument("--dtype", choices=DTYPES, default="f32")
     _input(run)
-    run.add_argument("-o", "--output", metavar="FILE", type=Path, help="safetensors to write o and lse to")
+    run.add_argument(
+        "-o", "--output", metavar="FILE", type=Path, help="safetensors to write o and lse, or the state, to"
+    )
 
     verify = add("verify", "property-test a specification on every backend at hand against the reference")
     _spec(verify)
@@ -156,7 +158,9 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--dtype", choices=DTYPES, action="append", help="may be given several times; f32 and bf16 if not"
     )
-    bench.add_argument("--against", metavar="PEER,…", default="eager,sdpa,flex", help="among eager, sdpa, flex")
+    bench.add_argument(
+        "--against", metavar="PEER,…", help="among eager, sdpa, flex (default: all; of a recurrence eager and sdpa)"
+    )
     bench.add_argument("--backward", action="store_true", help="with the gradients of q, k and v")
     bench.add_argument("--repeat", type=_positive, default=9, help="samples of each contender")
     bench.add_argument("--threads", type=_positive, help="of PyTorch; with 1, processor time is measured")
