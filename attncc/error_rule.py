@@ -4,10 +4,10 @@
 
 `plain` is what the formula gives as a person would write it in eager PyTorch with tensors of the kernel's dtype, so the
 bound follows each variant's own conditioning. A few units in the last place are added because on a small case the plain
-formula is exact by luck: one rounding undoes another. For results that are more precise than q, k and v (lse) they are
-too few where rows are transformed, as a transformed row is rounded to the type of its tensor: `plain` is then also the
-oracle with this rounding alone, and the larger error counts. NaN must stand where the oracle has NaN, and infinities
-must be equal.
+formula is exact by luck: one rounding undoes another. For results that are more precise than q, k and v (lse, gradients
+of captured tensors) they are too few where rows are transformed, as a transformed row is rounded to the type of its
+tensor: `plain` is then also the oracle with this rounding alone, and the larger error counts. NaN must stand where the
+oracle has NaN, and infinities must be equal.
 """
 
 from __future__ import annotations

@@ -15,7 +15,10 @@ from torch import Tensor
 from attncc.diagnostics import AttnError, BuildError, render
 from attncc.error_rule import compare
 from attncc.gradients import gradient_of_o
+from attncc.ir.nodes import Load
 from attncc.ir.recurrence import Recurrence
+from attncc.ir.rewrite import walk
+from attncc.passes.normal_form import NormalForm, normal_form
 from attncc.recurrent_eager import plain_recurrence
 from attncc.recurrent_inputs import recurrent_tensors
 from attncc.recurrent_reference import evaluate
@@ -147,16 +150,36 @@ def _try(
     for name, size in largest.items():
         report.largest[name] = max(report.largest.get(name, 0), size)
     found, exact, plain = results
+    terms = _terms(recurrence, arguments, case.seed) if gradients else {}
     for name, result in found.items():
-        if message := compare(name, result, exact[name], plain[name]):
+        if message := compare(name, result, exact[name], plain[name], terms=terms.get(name)):
             return name, message
     return None
 
 
+def _terms(recurrence: Recurrence, arguments: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
+    """What the gradients of decays are differences of: those of tensors that a decay is made of, where rows, states and
+    what comes from above have no signs. A chunk has the gradient of a decay as sums of q dq less those of k dk."""
+    form = normal_form(recurrence)
+    if not isinstance(form, NormalForm):
+        return {}
+    of_decay = {node.tensor for node in walk(form.log_decay) if isinstance(node, Load)} - {"q", "k", "v"}
+    rows = {n: arguments[n].abs() for n in ("q", "k", "v", "initial_state") if n in arguments}
+    sized = _results(_exact_of(recurrence), {**arguments, **rows}, torch.float64, seed, gradients=True, unsigned=True)
+    return {f"d{name}": sized[f"d{name}"] for name in of_decay if f"d{name}" in sized}
+
+
 def _results(
-    run: Kernel, arguments: Mapping[str, Any], dtype: torch.dtype | None, seed: int, *, gradients: bool
+    run: Kernel,
+    arguments: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    seed: int,
+    *,
+    gradients: bool,
+    unsigned: bool = False,
 ) -> dict[str, Tensor]:
-    """o, the state, and the gradient of every tensor of floats by the name `d…`."""
+    """o, the state, and the gradient of every tensor of floats by the name `d…`. unsigned: what comes from above has no
+    signs."""
     given = dict(arguments)
     leaves = {n: x for n, x in given.items() if isinstance(x, Tensor) and x.is_floating_point()}
     leaves = {n: x.detach().to(dtype or x.dtype).requires_grad_(gradients) for n, x in leaves.items()}
@@ -169,6 +192,7 @@ def _results(
     found: Sequence[Tensor] = [torch.zeros_like(leaf) for leaf in leaves.values()]
     if outputs:
         upstream = [gradient_of_o(x, seed) for x in outputs]
+        upstream = [x.abs() for x in upstream] if unsigned else upstream
         found = torch.autograd.grad(outputs, list(leaves.values()), upstream, materialize_grads=True)
     return results | {f"d{name}": gradient for name, gradient in zip(leaves, found, strict=True)}
 

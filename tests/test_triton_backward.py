@@ -78,7 +78,8 @@ def check_call(
     found = gradients(kernel, arguments, do, dlse)
     oracle = gradients(partial(formula, evaluate), arguments, do, dlse)
     plain = gradients(partial(formula, same_dtype_formula), arguments, do, dlse)
-    assert_gradients(found, oracle, plain)
+    rounded = gradients(partial(formula, partial(evaluate, rounded_rows=True)), arguments, do, dlse)
+    assert_gradients(found, oracle, plain, rounded)
     return found
 
 
