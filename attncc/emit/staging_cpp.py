@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from attncc.emit.cpp_expressions import LOGICAL, Expressions
 from attncc.emit.cpp_machine import ELEMENT_TYPES, Field, Format, Machine, mangle, with_uses
 from attncc.emit.cpp_text import Printed
-from attncc.ir.nodes import Apply, Variable
+from attncc.ir.nodes import Apply, Expr, Parameter, Variable
 from attncc.ir.operators import OPERATORS
 from attncc.ir.rewrite import kind_of, walk
 from attncc.ir.types import Kind
@@ -75,13 +75,24 @@ def _input(x: Input) -> Field:
 _INPUT_PARTS = ("group", "stride_b", "stride_h", "stride_row")
 
 
+class _Expressions(Expressions):
+    """Run-time scalars that are ints come with 64 bits, as captured tensors do."""
+
+    def print(self, expr: Expr) -> Printed:
+        match expr:
+            case Parameter(name=name, kind=Kind.INT):
+                return Printed(mangle(name), Kind.INT, wide=True)
+            case _:
+                return super().print(expr)
+
+
 class StagingText:
     """The filters of the template."""
 
     def __init__(self, plan: CorePlan, machine: Machine) -> None:
         assert plan.staging is not None
         self._staging: Staging = plan.staging
-        self._cpp = Expressions(machine, {})
+        self._cpp = _Expressions(machine, {})
         values = (*plan.staging.inputs, *plan.staging.steps)
         self._cpp.variables = {x.name: _variable(x) for x in values}
 
