@@ -185,6 +185,7 @@ def _faster_from(times: dict[int, float], softmax: dict[int, float]) -> int | No
 def draw(times: dict[str, dict[int, float]], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError:
         print(f"{path} is not drawn: matplotlib is missing, which `pip install matplotlib` brings")
         return
@@ -195,8 +196,9 @@ def draw(times: dict[str, dict[int, float]], path: Path) -> None:
         axes.plot(list(curve), list(curve.values()), "k.--" if softmax else ".-", label=name)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.minorticks_off()
     axes.set(xlabel="tokens", ylabel=f"µs per token, {HEADS} heads, D = E = {WIDTH}, f32")
     ticks = list(next(iter(times.values())))
     axes.set_xticks(ticks, [f"{n:,}" for n in ticks], rotation=45)
