@@ -128,20 +128,29 @@ def _operand(name: str, element: str, shape: str) -> Field:
 
 @dataclass(frozen=True, slots=True)
 class NumberedUpdate:
-    """An update of a plan: its operands are `key_number`, `value_number` and `erase_number`."""
+    """An update of a plan: its operands are `key_number`, `value_number` and `erase_number`.
+
+    row   where a chunk has that of `token`, among the updates of all tokens
+    """
 
     number: int
     value: bool
+    row: str
 
 
 def known_updates(plan: CorePlan) -> list[NumberedUpdate]:
     """Updates by a value as it is given."""
-    return [NumberedUpdate(i, value=True) for i, update in enumerate(plan.updates) if update.value and not update.erase]
+    numbers = [i for i, update in enumerate(plan.updates) if update.value and not update.erase]
+    return [NumberedUpdate(i, True, f"token * KNOWN_PER_TOKEN + {place}") for place, i in enumerate(numbers)]
 
 
 def erasing_updates(plan: CorePlan) -> list[NumberedUpdate]:
     """Updates that depend on the state."""
-    return [NumberedUpdate(i, update.value) for i, update in enumerate(plan.updates) if update.erase]
+    numbers = [i for i, update in enumerate(plan.updates) if update.erase]
+    return [
+        NumberedUpdate(i, plan.updates[i].value, f"KNOWN + token * ERASING_PER_TOKEN + {place}")
+        for place, i in enumerate(numbers)
+    ]
 
 
 def render_core(plan: CorePlan, templates: Sequence[Path] = ()) -> str:
