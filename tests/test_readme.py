@@ -10,11 +10,16 @@ from pathlib import Path
 
 import pytest
 
+import attncc
 from attncc.cli import main
+from attncc.ir.nodes import Attention
+from attncc.ir.recurrence import Recurrence
+from attncc.passes.reassociate import recurrence_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTORCH = (ROOT / "docs/pytorch.md").read_text(encoding="utf-8")
+RECURRENCES = (ROOT / "docs/recurrences.md").read_text(encoding="utf-8")
 CLI = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
 
 
@@ -43,8 +48,30 @@ def test_the_snippets_on_pytorch_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_snippets_on_recurrences_run() -> None:
+    program = "\n".join(blocks(RECURRENCES, "python"))
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_specifications_of_recurrences_are_what_the_page_says() -> None:
+    written, features, weights = blocks(RECURRENCES, "attn")
+    (shown,) = blocks(RECURRENCES, "text")
+    assert shown in attncc.build(written).explain()
+    assert isinstance(attncc.check(features), Recurrence)
+    pairwise = attncc.check(weights)
+    assert isinstance(pairwise, Attention)
+    assert isinstance(recurrence_of(pairwise), Recurrence)
+
+
+def test_as_many_recurrences_are_published_as_the_page_says() -> None:
+    numbers = {17: "Seventeen", 18: "Eighteen", 19: "Nineteen", 20: "Twenty"}
+    count = len(list((ROOT / "examples/recurrent").glob("*.attn")))
+    assert f"{numbers[count]} published ones" in RECURRENCES
+
+
 def test_the_first_command_prints_what_is_shown(tmp_path: Path) -> None:
-    (spec,) = blocks(README, "attn")
+    spec, *_ = blocks(README, "attn")
     (tmp_path / "gemma2.attn").write_text(spec, encoding="utf-8")
     block = blocks(README, "console")[0]
     command, *shown = block.strip().splitlines()
@@ -61,7 +88,9 @@ def test_commands_run(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/cli.md", "docs/pytorch.md"])
+@pytest.mark.parametrize(
+    "path", ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/cli.md", "docs/pytorch.md", "docs/recurrences.md"]
+)
 def test_links_lead_somewhere(path: str) -> None:
     text = (ROOT / path).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):
