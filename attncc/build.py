@@ -60,11 +60,11 @@ def build(
     folders = template_folders(templates)
     if target is not None:
         known_target(target, folders)
-    if isinstance(attention, Recurrence):
-        return RecurrentAttention(attention, source.text, target, folders)
-    register_operators()
     named = folders[: len(folders) - len(template_folders(()))]
     recipe = _recipe(source, name, target, named, constants)
+    if isinstance(attention, Recurrence):
+        return RecurrentAttention(attention, source.text, target, folders, from_recipe, recipe)
+    register_operators()
     make = (sources_of, backward_sources_of, from_recipe)
     return CompiledAttention(attention, source.text, target, folders, *make, recipe)
 
@@ -102,25 +102,24 @@ def _recipe(
     return json.dumps({key: part for key, part in parts.items() if part}, default=lambda number: number.item())
 
 
-def from_recipe(recipe: str) -> CompiledAttention:
+def from_recipe(recipe: str) -> CompiledAttention | RecurrentAttention:
     """What `build` has made, anew: in another process, say."""
-    from attncc.runtime.call import CompiledAttention
-
     parts = json.loads(recipe)
     source = Source(parts["file"], parts["text"], tuple(tuple(file) for file in parts.get("used", ())))
-    built = build(
+    return build(
         source,
         name=parts.get("name"),
         target=parts.get("target"),
         templates=parts.get("templates", ()),
         **parts.get("constants", {}),
     )
-    assert isinstance(built, CompiledAttention), "recurrences have no recipes"
-    return built
 
 
 def _variant_of(recipe: str) -> Variant:
+    from attncc.runtime.call import CompiledAttention
+
     built = from_recipe(recipe)
+    assert isinstance(built, CompiledAttention), "recurrences are no operators"
     return built.dropped if json.loads(recipe).get("dropout") else built.variant
 
 

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import attncc
+
+LINEAR = "attention linear():\n    recurrence:\n        S += outer(k, v)\n        out = q @ S\n"
+# The same with rows that PyTorch transforms, and one without a normal form.
+OF_UNIT_KEYS = LINEAR.replace("    recurrence", "    k = l2norm(k)\n    recurrence")
+BOUNDED = LINEAR.replace("S += outer(k, v)", "S = tanh(S) + outer(k, v)").replace(
+    "    rec", "    k = l2norm(k)\n    rec"
+)
 
 
 def compare(attn: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tolerance: float = 1e-4, **inputs: Any):
@@ -38,3 +51,57 @@ attention example(flag: bool, n: int, c: float, m: bool[B, N], w: int[H], g: flo
     inputs = {"m": torch.rand(2, 20) > 0.5, "w": torch.arange(4), "g": -torch.rand(2, 2, 20), "c": 0.3, "n": 3}
     for flag in (False, True):
         compare(attn, q, k, v, flag=flag, **inputs)
+
+
+@pytest.mark.parametrize("text", [LINEAR, BOUNDED])
+def test_a_recurrence_that_has_run_is_copied_and_pickled(text: str) -> None:
+    attn = attncc.build(text)
+    q, k, v = rows(5)
+    expected = attn(q, k, v)
+    for copied in (copy.deepcopy(attn), copy.deepcopy([attn])[0], pickle.loads(pickle.dumps(attn))):
+        assert torch.equal(copied(q, k, v), expected)
+
+
+def fake(attn: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+    with FakeTensorMode() as mode:
+        return attn(*(mode.from_tensor(x) for x in (q, k, v)))
+
+
+def on_meta(attn: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+    return attn(q.to("meta"), k.to("meta"), v.to("meta"))
+
+
+def step_on_meta(attn: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+    return attn.step(q.to("meta"), k.to("meta"), v.to("meta"), state=torch.zeros(2, 2, 4, 4, device="meta"))
+
+
+def dual(attn: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+    with forward_ad.dual_level():
+        return attn(forward_ad.make_dual(q, k), k, v)
+
+
+def mapped(attn: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+    return torch.vmap(attn)(q[None], k[None], v[None])
+
+
+def by_functorch(attn: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+    return torch.func.grad(lambda q: attn(q, k, v).sum())(q)
+
+
+@pytest.mark.parametrize("call", [fake, on_meta, step_on_meta, dual, mapped, by_functorch])
+@pytest.mark.parametrize("text", [LINEAR, BOUNDED])
+def test_what_has_no_memory_or_is_transformed_is_refused(call: Callable[..., Any], text: str) -> None:
+    """Kernels wrote to address 0, and tangents were lost."""
+    with pytest.raises(attncc.CallError, match="tensors in memory"):
+        call(attncc.build(text), *rows(5))
+
+
+@pytest.mark.parametrize("text", [OF_UNIT_KEYS, BOUNDED])
+def test_second_derivatives_are_refused(text: str) -> None:
+    """They lacked the part that goes through the kernel where the first gradient came from a sum."""
+    attn = attncc.build(text)
+    q, k, v = (x.requires_grad_() for x in rows(5))
+    for total in (attn(q, k, v).sum(), attn(q, k, v).square().sum()):
+        found = torch.autograd.grad(total, (q, k), create_graph=True)
+        with pytest.raises(attncc.CallError, match="no gradients in turn"):
+            torch.autograd.grad(sum(x.square().sum() for x in found), (q, k))

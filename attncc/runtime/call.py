@@ -46,7 +46,7 @@ class CompiledAttention:
         templates: Sequence[Path],
         make_sources: MakeSources,
         make_backward_sources: MakeBackwardSources,
-        from_recipe: Callable[[str], CompiledAttention],
+        from_recipe: Callable[[str], object],
         recipe: str,
     ) -> None:
         self.attention = attention

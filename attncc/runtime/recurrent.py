@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from attncc import recurrent_reference
 from attncc.diagnostics import CallError
@@ -21,27 +22,44 @@ from attncc.reference import OutOfRange
 from attncc.runtime import refusals
 from attncc.runtime.arguments import DTYPES, Signature, preferred_dtype, stored_dtype
 from attncc.runtime.recurrent_arguments import BoundRecurrence, bind_recurrence
-from attncc.runtime.recurrent_errors import WrongState
+from attncc.runtime.recurrent_errors import RecurrenceNotTraced, WrongState
 from attncc.runtime.recurrent_kernels import RecurrentKernels
 from attncc.runtime.sequential import SequentialKernels
 from attncc.runtime.targets import default_target
-from attncc.runtime.tracing import cast_by_autocast
+from attncc.runtime.tracing import cast_by_autocast, lies_in_memory
 
 
 class RecurrentAttention:
     """An attention given as a recurrence. Made by `attncc.build`.
 
     attention: its IR. text: its specification. templates: folders of templates that come before the project's own.
+    recipe: a text that `from_recipe` builds it from again.
     Kernels are compiled at the first call of each element type and widths; lengths, batch, heads and run-time scalars
     never compile anything.
     """
 
-    def __init__(self, attention: Recurrence, text: str, target: str | None, templates: Sequence[Path]) -> None:
+    def __init__(
+        self,
+        attention: Recurrence,
+        text: str,
+        target: str | None,
+        templates: Sequence[Path],
+        from_recipe: Callable[[str], object],
+        recipe: str,
+    ) -> None:
         self.attention = attention
         self.text = text
         self.target = target
         self.templates = tuple(templates)
+        self.recipe = recipe
+        self._from_recipe = from_recipe
         self._signature = Signature(attention)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._from_recipe, (self.recipe,)
+
+    def __deepcopy__(self, _: object) -> RecurrentAttention:
+        return self  # Copies of a module that holds it share its kernels.
 
     def __repr__(self) -> str:
         inputs = "".join(f", {p.name}" for p in self.attention.parameters)
@@ -73,6 +91,7 @@ class RecurrentAttention:
         """
         q, k, v = cast_by_autocast(q, k, v)
         bound = self._bound(q, k, v, extra, initial_state, cu_seqlens, q_offset, inputs)
+        _refuse_tracing(q, k, v, bound)
         o, state = self.kernels.run(q, k, v, bound)
         return (o, state) if return_state else o
 
@@ -86,6 +105,7 @@ class RecurrentAttention:
         """
         q, k, v = cast_by_autocast(q, k, v)
         bound = self._bound(q, k, v, extra, state, None, q_offset, inputs)
+        _refuse_tracing(q, k, v, bound)
         reason = _not_in_place(self.attention, state, q)
         if reason:
             raise CallError(WrongState(None, reason))
@@ -155,6 +175,13 @@ class RecurrentAttention:
         if extra:
             raise refusals.by_position(self._signature, extra, inputs)
         return bind_recurrence(self._signature, {"q": q, "k": k, "v": v}, initial_state, cu_seqlens, q_offset, inputs)
+
+
+def _refuse_tracing(q: Tensor, k: Tensor, v: Tensor, bound: BoundRecurrence) -> None:
+    """Raises CallError where kernels would be handed what has no memory, or what they write would be lost on those
+    that look on. torch.compile breaks its graph here, and runs what follows as it is."""
+    if not is_dynamo_compiling() and not lies_in_memory(q, k, v, bound):
+        raise CallError(RecurrenceNotTraced(None))
 
 
 def _not_in_place(recurrence: Recurrence, state: Tensor, q: Tensor) -> str:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from attncc.runtime.first_derivatives import first_derivatives
 from attncc.runtime.recurrent_operands import Operands
 
 
@@ -78,10 +79,13 @@ class _Core(torch.autograd.Function):
         return o, last
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_o: Tensor, d_state: Tensor) -> tuple[Any, ...]:  # type: ignore[override]  # as above
         offsets, state, *tensors = ctx.saved_tensors
-        gradients, d_initial = ctx.core.backward(
-            Operands.of(tuple(tensors)), state, offsets, d_o.contiguous(), d_state.contiguous()
-        )
-        return None, None, None, None if state is None else d_initial, *gradients.tensors
+
+        def compute() -> tuple[Tensor | None, ...]:
+            gradients, d_initial = ctx.core.backward(
+                Operands.of(tuple(tensors)), state, offsets, d_o.contiguous(), d_state.contiguous()
+            )
+            return None if state is None else d_initial, *gradients.tensors
+
+        return None, None, None, *first_derivatives(compute, (d_o, d_state, state, *tensors))

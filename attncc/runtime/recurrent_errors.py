@@ -98,3 +98,26 @@ class WrongState(Diagnostic):
     good = "attn.step(q, k, v, state=torch.zeros(1, 8, 64, 64))"
 
     why: str
+
+
+@dataclass(frozen=True, slots=True)
+class RecurrenceNotTraced(Diagnostic):
+    code = "A0624"
+    title = "recurrences run on tensors in memory only"
+    help = "call it outside torch.export, torch.func, forward-mode differentiation, fake tensors and tensor subclasses"
+    explanation = (
+        "A recurrence is no operator of PyTorch: nothing that transforms a program, or records it without its data, "
+        "sees what its kernels do. Gradients by autograd are; within torch.compile the call breaks the graph."
+    )
+    bad = "torch.vmap(lambda q: attn(q, k, v))(q[None])"
+    good = "attn(q, k, v)"
+
+
+@dataclass(frozen=True, slots=True)
+class RecurrenceTwice(Diagnostic):
+    code = "A0625"
+    title = "the gradients of a recurrence are differentiated, and have no gradients in turn"
+    help = "leave out create_graph=True, or take second derivatives of attn.reference"
+    explanation = "There are kernels of a recurrence and of its gradients, and none of its second derivatives."
+    bad = "torch.autograd.grad(torch.autograd.grad(attn(q, k, v).sum(), q, create_graph=True)[0].sum(), k)"
+    good = "torch.autograd.grad(attn(q, k, v).sum(), q)"

@@ -18,6 +18,7 @@ from attncc.plan.nodes import Specialization, Target
 from attncc.plan.sequential import SequentialPlan, plan_sequential
 from attncc.runtime import cache
 from attncc.runtime.arguments import DTYPES, TORCH_DTYPES
+from attncc.runtime.first_derivatives import first_derivatives
 from attncc.runtime.recurrent_arguments import BoundRecurrence
 from attncc.runtime.sequential_gradient import Interpreted, gradients
 from attncc.runtime.sequential_kernel import CompiledSequential
@@ -166,8 +167,11 @@ class _Sequential(torch.autograd.Function):
         return o, last
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_o: Tensor, d_last: Tensor) -> tuple[Any, ...]:  # type: ignore[override]  # as above
         offsets, state, *operands = ctx.saved_tensors
-        found = gradients(ctx.plan, ctx.kernel, operands, state, offsets, d_o.to(state.dtype), d_last)
-        return None, None, None, None, found.state, *found.operands
+
+        def compute() -> tuple[Tensor | None, ...]:
+            found = gradients(ctx.plan, ctx.kernel, operands, state, offsets, d_o.to(state.dtype), d_last)
+            return found.state, *found.operands
+
+        return None, None, None, None, *first_derivatives(compute, (d_o, d_last, state, *operands))

@@ -14,6 +14,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 from attncc.runtime.arguments import Bound
+from attncc.runtime.recurrent_arguments import BoundRecurrence
 
 # Types whose elements lie in memory, where kernels may read them, unless a transform is active.
 _PLAIN: frozenset[type] = frozenset((Tensor, Parameter))
@@ -33,7 +34,7 @@ def is_followed(q: Tensor, k: Tensor, v: Tensor, bound: Bound) -> bool:
     return False
 
 
-def lies_in_memory(q: Tensor, k: Tensor, v: Tensor, bound: Bound) -> bool:
+def lies_in_memory(q: Tensor, k: Tensor, v: Tensor, bound: Bound | BoundRecurrence) -> bool:
     """Whether the tensors are what they seem, and a kernel may read them."""
     if (
         is_dynamo_compiling()
