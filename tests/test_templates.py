@@ -19,12 +19,23 @@ from torch import Tensor
 
 import attncc
 from attncc import BuildError, CompiledAttention, cli, standalone
-from attncc.emit import families, recurrent_cpp, run
+from attncc.emit import (
+    families,
+    recurrent_backward_cpp,
+    recurrent_cpp,
+    recurrent_triton,
+    run,
+    sequential_cpp,
+    sequential_triton,
+)
 from attncc.emit.printers import printer_of
 from attncc.ir import blocks as block_nodes
+from attncc.ir.types import DType
 from attncc.plan import nodes as plan_nodes
-from attncc.plan import recurrent, sequential
+from attncc.plan import recurrent, sequential, staging
+from attncc.plan.nodes import Specialization, Target
 from attncc.runtime.cpp_toolchain import native_arch
+from attncc.runtime.targets import parse
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 README = (TEMPLATES / "README.md").read_text(encoding="utf-8")
@@ -34,6 +45,7 @@ CAUSAL = "attention causally(cap: float = 5.0):\n    score = cap * tanh(qk / cap
 ROWS_AND_TILES = (
     "attention everything(docs: int[B, N]):\n    q = rope(q, q_idx)\n    mask = docs[b, q_idx] == docs[b, kv_idx]\n"
 )
+LINEAR = "attention linear():\n    recurrence:\n        S += outer(k, v)\n        out = q @ S\n"
 INTERPRETED = "triton:interpret"
 
 
@@ -451,7 +463,7 @@ def _fields(kind: Any) -> set[str]:
 
 PLAN_TYPES = {
     kind.__name__: kind
-    for module in (plan_nodes, block_nodes, recurrent, sequential, standalone)
+    for module in (plan_nodes, block_nodes, recurrent, sequential, staging, standalone)
     for name, kind in vars(module).items()
     if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__ and not name.startswith("_")  # type: ignore[attr-defined]
 }
@@ -497,22 +509,43 @@ def _filters_of_standalone_files() -> set[str]:
     return set(given[0])
 
 
-FILTER_TABLES = (
-    "Filters of C++ kernels",
-    "Filters of Triton kernels",
-    "Filters of `run.py.jinja`",
-    "Filters of `cpp/recurrent.cpp.jinja`",
-    "Filters of `standalone.py.jinja`",
-)
+@functools.cache
+def _filters_of_recurrences() -> dict[str, set[str]]:
+    """Those that templates of recurrences are given, by the name of the template."""
+    given: dict[str, set[str]] = {}
+
+    def fill(file: str, plan: Any, name: str, target: Target, filters: Mapping[str, object], folders: object) -> str:
+        given.setdefault(f"{target.family}/{file}", set()).update(filters)
+        return ""
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (recurrent_cpp, recurrent_backward_cpp, recurrent_triton, sequential_cpp, sequential_triton):
+            patch.setattr(module, "fill", fill)
+        specialization = Specialization(DType.F32, 8, 8, ())
+        for text in (LINEAR, LINEAR.replace("S +=", "S = tanh(S) +")):
+            kernels = attncc.build(text).kernels
+            for target in ("cpp:avx2", "triton:sm_90"):
+                kernels.sources(specialization, parse(target))
+                kernels.sources(specialization, parse(target), backward=True)
+    return given
+
+
+FILTER_TABLES = re.findall(r"^### (Filters of .*)$", README, re.MULTILINE)
 
 
 @pytest.mark.parametrize("title", FILTER_TABLES)
 def test_every_filter_is_documented_and_every_documented_filter_exists(title: str) -> None:
-    given = _filters() | {
-        "Filters of `cpp/recurrent.cpp.jinja`": set(recurrent_cpp.FILTERS),
-        "Filters of `standalone.py.jinja`": _filters_of_standalone_files(),
-    }
-    assert documented(title) == given[title]
+    given = _filters() | {"Filters of `standalone.py.jinja`": _filters_of_standalone_files()}
+    of_recurrences = _filters_of_recurrences()
+    for found in [given[title]] if title in given else [of_recurrences[name] for name in re.findall("`(.*?)`", title)]:
+        assert documented(title) == found
+
+
+def test_every_template_has_a_table_of_filters() -> None:
+    titles = " ".join(FILTER_TABLES)
+    assert all(f"`{name}`" in titles for name in _filters_of_recurrences())
+    assert {"Filters of C++ kernels", "Filters of Triton kernels", "Filters of `run.py.jinja`"} <= set(FILTER_TABLES)
+    assert "Filters of `standalone.py.jinja`" in FILTER_TABLES
 
 
 def test_every_filter_is_used() -> None:
@@ -522,3 +555,14 @@ def test_every_filter_is_used() -> None:
         files = (TEMPLATES / folder).rglob("*.jinja")
         text = "\n".join(path.read_text(encoding="utf-8") for path in files)
         assert names <= used_filters(text), names - used_filters(text)
+
+
+@pytest.mark.parametrize(
+    "name", ["recurrent.cpp", "recurrent_backward.cpp", "recurrent.py", "sequential.cpp", "sequential.py"]
+)
+def test_every_filter_of_a_recurrence_is_used(name: str) -> None:
+    folder = "cpp" if name.endswith("cpp") else "triton"
+    names = _filters_of_recurrences()[f"{folder}/{name}.jinja"]
+    texts = (path.read_text(encoding="utf-8") for path in (TEMPLATES / folder).glob("*.jinja"))
+    used = used_filters("\n".join(texts))
+    assert names <= used, names - used
