@@ -13,7 +13,10 @@ from conftest import Golden
 
 import attncc
 from attncc.build import backward_sources_of
-from attncc.plan.nodes import Specialization
+from attncc.emit.recurrent_cpp import render_core
+from attncc.ir.types import DType
+from attncc.plan.nodes import Specialization, Target
+from attncc.plan.recurrent import CorePlan, CoreUpdate
 from attncc.runtime.arguments import DTYPES, preferred_dtype
 from attncc.runtime.targets import parse
 
@@ -61,6 +64,40 @@ def test_sources_are_as_recorded(example: str, target: str, dtype: torch.dtype, 
     for name, text in sources(example, target, dtype).items():
         suffix = "py" if name == "run" else extension
         golden(FOLDER / f"{example}-{target.replace(':', '-')}-{name}.{suffix}.expected", text)
+
+
+# Of cores: a gated delta rule, and a decay by key channel read before the update.
+CORES = [
+    CorePlan(
+        "recurrent",
+        "gated_delta",
+        Target("cpp", "avx512"),
+        DType.F32,
+        64,
+        64,
+        "scalar",
+        (CoreUpdate(value=True, erase=True),),
+        erases_before=False,
+        read="post",
+    ),
+    CorePlan(
+        "recurrent",
+        "by_channel",
+        Target("cpp", "avx512_bf16"),
+        DType.BF16,
+        64,
+        48,
+        "key",
+        (CoreUpdate(value=True, erase=False),),
+        erases_before=False,
+        read="pre",
+    ),
+]
+
+
+@pytest.mark.parametrize("plan", CORES, ids=lambda plan: plan.name)
+def test_sources_of_cores_are_as_recorded(plan: CorePlan, golden: Golden) -> None:
+    golden(FOLDER / f"{plan.name}-cpp-{plan.target.arch}-recurrent.cpp.expected", render_core(plan))
 
 
 def test_sources_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:

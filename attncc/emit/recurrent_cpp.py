@@ -141,16 +141,15 @@ class NumberedUpdate:
 def known_updates(plan: CorePlan) -> list[NumberedUpdate]:
     """Updates by a value as it is given."""
     numbers = [i for i, update in enumerate(plan.updates) if update.value and not update.erase]
-    return [NumberedUpdate(i, True, f"token * KNOWN_PER_TOKEN + {place}") for place, i in enumerate(numbers)]
+    rows = [f"token * KNOWN_PER_TOKEN{f' + {place}' if place else ''}" for place in range(len(numbers))]
+    return [NumberedUpdate(i, True, row) for i, row in zip(numbers, rows, strict=True)]
 
 
 def erasing_updates(plan: CorePlan) -> list[NumberedUpdate]:
     """Updates that depend on the state."""
     numbers = [i for i, update in enumerate(plan.updates) if update.erase]
-    return [
-        NumberedUpdate(i, plan.updates[i].value, f"KNOWN + token * ERASING_PER_TOKEN + {place}")
-        for place, i in enumerate(numbers)
-    ]
+    rows = [f"KNOWN + token * ERASING_PER_TOKEN{f' + {place}' if place else ''}" for place in range(len(numbers))]
+    return [NumberedUpdate(i, plan.updates[i].value, row) for i, row in zip(numbers, rows, strict=True)]
 
 
 def render_core(plan: CorePlan, templates: Sequence[Path] = ()) -> str:
