@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from attncc.ir.nodes import Expr, Size
 from attncc.ir.recurrence import Recurrence
 from attncc.ir.text import to_text
-from attncc.passes.normal_form import NormalForm, Sequential, normal_form
+from attncc.passes.normal_form import NormalForm, Sequential, logged, normal_form
 from attncc.passes.simplify import simplify_expr
-from attncc.passes.updates import UpdateForm, update_form
+from attncc.passes.updates import update_form
 
 _SIDES = {
     "none": "none",
@@ -33,7 +33,7 @@ def explain_recurrence(spec_text: str, recurrence: Recurrence) -> str:
         ("Specification", spec_text.strip().splitlines()),
         ("Meaning", to_text(recurrence).strip().splitlines()[1:]),
         ("Normal form", list(_none(form) if isinstance(form, Sequential) else _lines(recurrence, form))),
-        ("Kernel", list(_SEQUENTIAL if isinstance(form, Sequential) else _core(update_form(form)))),
+        ("Kernel", list(_SEQUENTIAL if isinstance(form, Sequential) else _core(form))),
     ]
     return "\n\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections) + "\n"
 
@@ -44,11 +44,13 @@ def _none(form: Sequential) -> Iterator[str]:
         yield f"at {form.span}: {form.span.text.strip()}"
 
 
-def _core(form: UpdateForm) -> Iterator[str]:
+def _core(form: NormalForm) -> Iterator[str]:
     yield "core       in chunks of tokens, only the state passed on from each to the next; a step token by token"
-    for update in form.updates:
+    for update in update_form(form).updates:
         does = "written and erased" if update.value and update.erase else "written" if update.value else "erased"
         yield f"           one product along a key, by which is {does}"
+    for x in logged(form.decay):
+        yield f"but        token by token where {_text(x.value)} is not above 0, or, without a gradient, below 0"
 
 
 def _lines(recurrence: Recurrence, form: NormalForm) -> Iterator[str]:

@@ -34,13 +34,16 @@ def compare(attn: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tolera
             torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
 
 
-def rows(tokens: int, heads: tuple[int, int, int] = (2, 2, 2), width: int = 4) -> tuple[torch.Tensor, ...]:
+def rows(
+    tokens: int, heads: tuple[int, int, int] = (2, 2, 2), width: int = 4
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    return tuple(torch.randn(2, h, tokens, width) for h in heads)
+    q, k, v = (torch.randn(2, h, tokens, width) for h in heads)
+    return q, k, v
 
 
 def test_an_int_given_at_run_time_meets_an_int_of_the_text() -> None:
-    attn = attncc.build("""
+    attn: Any = attncc.build("""
 attention example(flag: bool, n: int, c: float, m: bool[B, N], w: int[H], g: float[B, HKV, N]):
     recurrence:
         S *= exp(g[b, hkv, t])
@@ -55,7 +58,7 @@ attention example(flag: bool, n: int, c: float, m: bool[B, N], w: int[H], g: flo
 
 @pytest.mark.parametrize("text", [LINEAR, BOUNDED])
 def test_a_recurrence_that_has_run_is_copied_and_pickled(text: str) -> None:
-    attn = attncc.build(text)
+    attn: Any = attncc.build(text)
     q, k, v = rows(5)
     expected = attn(q, k, v)
     for copied in (copy.deepcopy(attn), copy.deepcopy([attn])[0], pickle.loads(pickle.dumps(attn))):
@@ -99,9 +102,60 @@ def test_what_has_no_memory_or_is_transformed_is_refused(call: Callable[..., Any
 @pytest.mark.parametrize("text", [OF_UNIT_KEYS, BOUNDED])
 def test_second_derivatives_are_refused(text: str) -> None:
     """They lacked the part that goes through the kernel where the first gradient came from a sum."""
-    attn = attncc.build(text)
+    attn: Any = attncc.build(text)
     q, k, v = (x.requires_grad_() for x in rows(5))
     for total in (attn(q, k, v).sum(), attn(q, k, v).square().sum()):
         found = torch.autograd.grad(total, (q, k), create_graph=True)
         with pytest.raises(attncc.CallError, match="no gradients in turn"):
-            torch.autograd.grad(sum(x.square().sum() for x in found), (q, k))
+            torch.autograd.grad(found[0].square().sum() + found[1].square().sum(), (q, k))
+
+
+DECAYS = {
+    "gamma: float[H]": "gamma[h]",
+    "gamma: float[B, H, N]": "1 - gamma[b, h, t]",
+    "gamma: float[B, H, N, D]": "gamma[b, h, t, :][:, None]",
+    "gamma: float[B, H, N, E]": "(0.5 * gamma[b, h, t, :] * exp(-t))[None, :]",
+    "gamma: float[H, D]": "where(gamma[h, :] < -0.5, k * gamma[h, :], 0.5)[:, None]",
+    "gamma: float[H], n: int": "gamma[h] ** n",
+    "gamma: float": "gamma",
+}
+
+
+@pytest.mark.parametrize("parameters", DECAYS)
+@pytest.mark.parametrize("low", [-1.0, 0.0], ids=["negative", "zero"])
+def test_a_decay_that_has_no_logarithm(parameters: str, low: float) -> None:
+    """It became NaN where it was negative, and the gradient of one that is 0 was NaN."""
+    attn: Any = attncc.build(f"""
+attention decaying({parameters}):
+    recurrence:
+        S *= {DECAYS[parameters]}
+        S += outer(k, v)
+        out = q @ S
+""")
+    q, k, v = rows(18)
+    sizes = {"B": 2, "H": 2, "N": 18, "D": 4, "E": 4}
+    axes = parameters.partition("[")[2].partition("]")[0]
+    gamma: Any = torch.rand([sizes[name] for name in axes.split(", ")]) if axes else low
+    if axes:
+        gamma.view(-1)[::3] = low
+    inputs: dict[str, Any] = {"n": 2} if "n:" in parameters else {}
+    compare(attn, q, k, v, gamma=gamma, **inputs)
+    state, expected = torch.ones(2, 2, 4, 4), torch.ones(2, 2, 4, 4, dtype=torch.float64)
+    attn.step(q, k, v, gamma=gamma, state=state, **inputs)
+    _, expected = attn.reference(q, k, v, gamma=gamma, initial_state=expected, return_state=True, **inputs)
+    torch.testing.assert_close(state.double(), expected, rtol=1e-4, atol=1e-4)
+    if axes:
+        gamma.requires_grad_()
+        found, wanted = (
+            torch.autograd.grad(f(q, k, v, gamma=gamma, **inputs).square().sum(), gamma)[0]
+            for f in (attn, attn.reference)
+        )
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_zero_to_the_power_of_zero_keeps_the_state() -> None:
+    attn: Any = attncc.build(
+        "attention f(x: float[H], n: int):\n    recurrence:\n        S *= x[h] ** n\n"
+        "        S += outer(k, v)\n        out = q @ S\n"
+    )
+    compare(attn, *rows(5), x=torch.tensor([0.0, 2.0]), n=0)

@@ -9,8 +9,8 @@ an update is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, TypeVar
 
 from attncc.ir.nodes import Apply, Constant, Expr, Load
@@ -260,3 +260,37 @@ def logarithm(expr: Expr) -> Expr:
             return _LOGARITHMS[op](a)
         case _:
             return Apply("log", (expr,))
+
+
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """Something that a logarithm is taken of, which must not be less than 0.
+
+    used: the same where it counts, 1 elsewhere. base: it is that of a power and must not be 0 either; the exponent 0
+    makes 1 of it, but NaN of its logarithm.
+    """
+
+    value: Expr
+    used: Expr
+    base: bool = False
+
+
+def logged(expr: Expr) -> Iterator[Logged]:
+    """Everything that `logarithm(expr)` takes the logarithm of, but for numbers that have one."""
+    match expr:
+        case Constant(value=value) if value >= 0:
+            return
+        case Apply(op="mul" | "div", args=(a, b)):
+            yield from (*logged(a), *logged(b))
+        case Apply(op="where", args=(condition, a, b)):
+            for choice, args in ((condition, logged(a)), (Apply("not", (condition,)), logged(b))):
+                for arg in args:
+                    yield replace(arg, used=Apply("where", (choice, arg.used, Constant(1.0))))
+        case Apply(op="pow", args=(Constant(value=a), _)) if a > 0:
+            return
+        case Apply(op="pow", args=(a, _)):
+            yield Logged(a, a, base=True)
+        case Apply(op=op) if op in _LOGARITHMS:
+            return
+        case _:
+            yield Logged(expr, expr)

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from attncc.ir.nodes import Apply, Attention
-from attncc.ir.rewrite import walk
+from attncc.ir.nodes import Attention
 from attncc.passes.normal_form import NormalForm, normal_form
 from attncc.passes.reassociate import Refusal, recurrence_of
 from attncc.passes.updates import update_form
 from attncc.runtime.arguments import Bound
+from attncc.runtime.decays import Decays
 from attncc.runtime.recurrent_arguments import BoundRecurrence
 from attncc.runtime.recurrent_kernels import RecurrentKernels
-from attncc.runtime.recurrent_operands import token_values
 from attncc.runtime.tracing import lies_in_memory
 
 
@@ -24,20 +22,16 @@ class Reassociated:
     """The kernels of the recurrence that equals an attention wherever there are as many queries as keys, from position
     0 on."""
 
-    def __init__(self, kernels: RecurrentKernels) -> None:
+    def __init__(self, kernels: RecurrentKernels, decays: Decays) -> None:
         self.kernels = kernels
-        decay = kernels.form.log_decay
-        nodes = () if decay is None else walk(decay)
-        self._logarithms = [node.args[0] for node in nodes if isinstance(node, Apply) and node.op == "log"]
+        self._decays = decays
 
     def takes(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound) -> bool:
         """Whether a call is one of those, its decays have logarithms, and nothing but autograd looks at it."""
         sizes = bound.sizes
         if sizes.M != sizes.N or bound.q_offset != 0 or not lies_in_memory(q, k, v, bound):
             return False
-        with torch.no_grad():
-            decays = token_values(self.kernels.recurrence, self._logarithms, q, k, v, bound.inputs)
-        return all(bool((decay >= 0).all()) for decay in decays)
+        return self._decays.have_logarithms(q, k, v, bound)
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound) -> Tensor:
         """o (B, H, M, E); differentiable."""
@@ -52,4 +46,5 @@ def reassociated(attention: Attention, target: str | None, templates: Sequence[P
         return None
     form = normal_form(recurrence)
     assert isinstance(form, NormalForm), "a recurrence made of weights is linear"
-    return Reassociated(RecurrentKernels(recurrence, update_form(form), target, templates))
+    kernels = RecurrentKernels(recurrence, update_form(form), target, templates)
+    return Reassociated(kernels, Decays.of(recurrence, form.decay))

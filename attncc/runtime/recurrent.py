@@ -21,6 +21,7 @@ from attncc.plan.nodes import Specialization
 from attncc.reference import OutOfRange
 from attncc.runtime import refusals
 from attncc.runtime.arguments import DTYPES, Signature, preferred_dtype, stored_dtype
+from attncc.runtime.decays import Decays
 from attncc.runtime.recurrent_arguments import BoundRecurrence, bind_recurrence
 from attncc.runtime.recurrent_errors import RecurrenceNotTraced, WrongState
 from attncc.runtime.recurrent_kernels import RecurrentKernels
@@ -92,7 +93,7 @@ class RecurrentAttention:
         q, k, v = cast_by_autocast(q, k, v)
         bound = self._bound(q, k, v, extra, initial_state, cu_seqlens, q_offset, inputs)
         _refuse_tracing(q, k, v, bound)
-        o, state = self.kernels.run(q, k, v, bound)
+        o, state = self._kernels_of(q, k, v, bound).run(q, k, v, bound)
         return (o, state) if return_state else o
 
     def step(
@@ -109,7 +110,7 @@ class RecurrentAttention:
         reason = _not_in_place(self.attention, state, q)
         if reason:
             raise CallError(WrongState(None, reason))
-        return self.kernels.step(q, k, v, bound, state)
+        return self._kernels_of(q, k, v, bound).step(q, k, v, bound, state)
 
     def reference(
         self,
@@ -146,7 +147,8 @@ class RecurrentAttention:
         tensors = tuple((p.name, stored_dtype(p, preferred_dtype(p))) for p in self.attention.tensors)
         specialization = Specialization(DTYPES[dtype], head_dim, head_dim_v or head_dim, tensors)
         target = default_target(self.target, self.templates)
-        kernels = self.kernels.built_sources() or self.kernels.sources(specialization, target)
+        built = {*self.kernels.built_sources(), *self._token_by_token.built_sources()}
+        kernels = built or self.kernels.sources(specialization, target)
         return {plan.name: text for plan, text in kernels}
 
     def explain(self) -> str:
@@ -158,8 +160,26 @@ class RecurrentAttention:
         """What calls run on: chunks of tokens where there is a normal form, else token by token."""
         form = normal_form(self.attention)
         if isinstance(form, Sequential):
-            return SequentialKernels(self.attention, self.target, self.templates)
+            return self._token_by_token
         return RecurrentKernels(self.attention, update_form(form), self.target, self.templates)
+
+    @functools.cached_property
+    def _token_by_token(self) -> SequentialKernels:
+        return SequentialKernels(self.attention, self.target, self.templates)
+
+    @functools.cached_property
+    def _decays(self) -> Decays | None:
+        """Where there is a normal form."""
+        form = normal_form(self.attention)
+        return None if isinstance(form, Sequential) else Decays.of(self.attention, form.decay)
+
+    def _kernels_of(
+        self, q: Tensor, k: Tensor, v: Tensor, bound: BoundRecurrence
+    ) -> RecurrentKernels | SequentialKernels:
+        """Those of a call: chunks of tokens only where its decays have logarithms."""
+        if self._decays is None or self._decays.have_logarithms(q, k, v, bound):
+            return self.kernels
+        return self._token_by_token
 
     def _bound(
         self,

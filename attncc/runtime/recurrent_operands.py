@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,12 +114,17 @@ def prepare(
     )
 
 
-def token_values(
-    recurrence: Recurrence, exprs: Sequence[Expr], q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str, Any]
-) -> list[Tensor]:
-    """The values of expressions that read no rows: (B, H, N, 1)."""
-    evaluator = Evaluator(recurrence, {}, _given(recurrence, inputs), _sizes(q, k, v, 0), like=q)
-    return [evaluator.vector(expr, 1, evaluator.env.floating) for expr in exprs]
+def evaluator_of(
+    recurrence: Recurrence,
+    rows: Mapping[RowName, Tensor],
+    inputs: Mapping[str, Any],
+    q_offset: int,
+    read: AbstractSet[RowName],
+) -> Evaluator:
+    """What evaluates expressions that read only some of the rows q, k and v, as many of each."""
+    sizes = _sizes(rows["q"], rows["k"], rows["v"], q_offset)
+    some: dict[RowName, Tensor] = {name: x for name, x in rows.items() if name in read}
+    return Evaluator(recurrence, some, _given(recurrence, inputs), sizes, like=rows["q"])
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor, q_offset: int) -> dict[str, int]:
