@@ -205,11 +205,10 @@ def _gradients(
     ]
     o, last = function(plan, Operands.of(tuple(given[:-1])), given[-1], offsets)
     there = [x for x in given if x is not None]
-    gradients = iter(
-        torch.autograd.grad(
-            (o, last), there, (d_o.to(o.dtype), d_last.to(last.dtype)), allow_unused=True, materialize_grads=True
-        )
-    )
+    # Without tokens o depends on nothing.
+    results = [(x, d.to(x.dtype)) for x, d in ((o, d_o), (last, d_last)) if x.requires_grad]
+    outputs, upstream = zip(*results, strict=True)
+    gradients = iter(torch.autograd.grad(outputs, there, upstream, allow_unused=True, materialize_grads=True))
     return [torch.empty(0) if x is None else next(gradients) for x in given]
 
 

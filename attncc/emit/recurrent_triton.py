@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ def layout_of(plan: CorePlan) -> CoreLayout:
     return CoreLayout(
         slots=slots,
         block=_LEAST,
-        chunk=max((32 if plan.dtype in _EXACT else 64) // slots, _LEAST),
+        chunk=max(_rows_of_chunk(plan) // slots, _LEAST),
         key_padded=_padded(plan.key_width),
         value_padded=value_padded,
         decay_width=decay_width,
@@ -80,7 +81,7 @@ def layout_of(plan: CorePlan) -> CoreLayout:
         value_tile=min(value_padded, _value_tile(plan)),
         output_tile=value_padded if plan.side == "value" else min(value_padded, 16 if plan.dtype in _EXACT else 64),
         step_tile=min(value_padded, 32),
-        gradient_tile=min(value_padded, 64),
+        gradient_tile=min(value_padded, 16 if plan.dtype in _EXACT else 64),
         key_tile=min(_padded(plan.key_width), 64),
     )
 
@@ -90,6 +91,7 @@ def core_filters() -> Mapping[str, Callable[..., object]]:
     return {
         "header": core_header,
         "tidy": tidy,
+        "used": functions_used,
         "layout": layout_of,
         "operands": operand_names,
         "slots": slots_of,
@@ -125,7 +127,7 @@ def core_header(plan: CorePlan) -> str:
     decay = {"none": "no decay", "scalar": "a decay of tokens"}.get(plan.side, f"a decay of {plan.side} channels")
     kinds = {(True, True): "corrected", (True, False): "written", (False, True): "erased", (False, False): "none"}
     updates = ", ".join(kinds[update.value, update.erase] for update in plan.updates) or "none"
-    before = ", erased from the state before the decay" if plan.erases_before and plan.erasing else ""
+    before = " before the decay" if plan.erases_before and plan.erasing else ""
     lines = [
         f"{plan.name}: {direction}, {plan.dtype.value}, D = {plan.key_width}, E = {plan.value_width}.",
         "",
@@ -137,8 +139,34 @@ def core_header(plan: CorePlan) -> str:
     return f'"""{text}\n"""'
 
 
+def functions_used(source: str, plan: CorePlan) -> str:
+    """Source of functions, less those that no kernel of `plan` calls."""
+    functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    pending = [name for name in functions if name.startswith(f"{plan.name}_")]
+    used: set[str] = set()
+    while pending:
+        name = pending.pop()
+        used.add(name)
+        names = {node.id for node in ast.walk(functions[name]) if isinstance(node, ast.Name)}
+        pending += names & functions.keys() - used
+    lines = source.splitlines()
+    for name in functions.keys() - used:
+        node = functions[name]
+        first = min(decorator.lineno for decorator in node.decorator_list)
+        assert node.end_lineno is not None
+        lines[first - 1 : node.end_lineno] = [""] * (node.end_lineno - first + 1)
+    return "\n".join(lines)
+
+
 def _padded(width: int) -> int:
     return max(power_of_two(width), _LEAST)
+
+
+def _rows_of_chunk(plan: CorePlan) -> int:
+    """Rows of updates that a chunk should have: products with them take most of the registers."""
+    if plan.dtype in _EXACT:
+        return 16 if _padded(plan.key_width) > 64 else 32
+    return 64
 
 
 def _value_tile(plan: CorePlan) -> int:
@@ -147,10 +175,16 @@ def _value_tile(plan: CorePlan) -> int:
     return 32 if _padded(plan.key_width) > 64 else 64
 
 
-def launch_of(plan: CorePlan, function: str) -> tuple[int, int]:
-    """Warps and stages of a function."""
-    del function
-    return (8, 1) if plan.dtype in _EXACT else (4, 2)
+def launch_of(plan: CorePlan, function: str) -> tuple[int, int, int | None]:
+    """Warps, stages and registers of a function. None then spills on sm_90 up to D = E = 128, compiled ahead of time,
+    but for f32 with two updates a token: products without tensor cores have too few registers there."""
+    registers = 255 if plan.target.arch.startswith("sm_") else None
+    if plan.dtype in _EXACT:
+        return 8, 1, registers
+    if function in {"read_gradients", "update_gradients"} and _padded(plan.key_width) * len(plan.updates) > 128:
+        return 8, 1, registers
+    # In more stages, products of a step would wait for what the step before has accumulated.
+    return 4, 1 if function == "pair_gradients" else 2, registers
 
 
 def render_core(plan: CorePlan, templates: Sequence[Path]) -> str:

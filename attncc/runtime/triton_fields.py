@@ -74,18 +74,21 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """A function of a generated module and the compile-time constants that it is compiled with."""
+    """A function of a generated module and the compile-time constants that it is compiled with. max_registers: of a
+    thread on an NVIDIA GPU; where that is not said, ptxas may spill a few for more programs at once."""
 
     name: str
     fields: tuple[Field, ...]
     constants: Constants = ()
     num_warps: int = 4
     num_stages: int = 2
+    max_registers: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
         """What Triton compiles it with."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.max_registers is None else {**options, "maxnreg": self.max_registers}
 
     @property
     def label(self) -> str:

@@ -1,0 +1,98 @@
+"""Kernels of recurrences compiled ahead of time, and what they take: `resources/recurrent.json`."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from test_triton_aot import Case, compare
+from triton_recurrent_support import plan_of
+
+from attncc.diagnostics import BuildError
+from attncc.emit.recurrent_triton import render_core
+from attncc.ir.types import DType
+from attncc.plan.recurrent import CorePlan, gradient_of
+from attncc.plan.triton_tiles import WITHOUT_F64
+from attncc.runtime.triton_aot import compile_ahead
+
+TABLE = Path(__file__).parent / "resources" / "recurrent.json"
+BF16, F32, F64 = DType.BF16, DType.F32, DType.F64
+# Updates, the side that decays, whether erases read the state before the decay.
+FORMS = {
+    "retention": ("write", "scalar", False),
+    "gla": ("write", "key", False),
+    "gated_delta": ("delta", "scalar", False),
+    "kda": ("delta", "key", False),
+    "rwkv7": ("erase and write", "key", True),
+}
+
+
+@dataclass(frozen=True)
+class CoreCase(Case):
+    """A form of recurrences, forward and backward."""
+
+    def kernels(self) -> list[tuple[CorePlan, str]]:  # type: ignore[override]
+        plans = [self.plan(), gradient_of(self.plan())]
+        return [(plan, render_core(plan, ())) for plan in plans]
+
+    def plan(self) -> CorePlan:
+        updates, side, before = FORMS[self.spec]
+        widths = (self.width_qk, self.width_v)
+        return plan_of(updates, side, before=before, dtype=self.dtype, widths=widths, arch=self.arch)
+
+    def allows(self, function: str, warning: str) -> bool:
+        # C7519 tells of a synchronisation that ptxas adds where a factor of a product comes from registers.
+        return "(C7519)" in warning
+
+
+QUICK = [CoreCase("gated_delta", BF16, 64, 64, "sm_90")]
+GRID = [
+    *(CoreCase(form, dtype, w, w, "sm_90") for dtype in (BF16, F32) for w in (64, 128) for form in FORMS),
+    *(CoreCase("kda", BF16, w, w, arch) for w in (64, 128) for arch in ("sm_80", "sm_100", "gfx942")),
+]
+
+
+def test_resources(request: pytest.FixtureRequest) -> None:
+    compare(QUICK, request.config.getoption("--update-golden"), TABLE)
+
+
+@pytest.mark.slow
+def test_resources_of_the_grid(request: pytest.FixtureRequest) -> None:
+    compare(GRID, request.config.getoption("--update-golden"), TABLE)
+
+
+def test_nothing_spills_on_hopper() -> None:
+    table = json.loads(TABLE.read_text(encoding="utf-8"))["kernels"]
+    rows = {name: row["spilled"] for name, row in table.items() if " sm_90 " in name}
+    # In f32, blocks of two updates a token are more than products without tensor cores have registers for.
+    rows = {name: spilled for name, spilled in rows.items() if not name.startswith("rwkv7 f32 ")}
+    assert len(rows) >= 18 * 8
+    assert not any(rows.values()), {name: spilled for name, spilled in rows.items() if spilled}
+
+
+@pytest.mark.parametrize("arch", WITHOUT_F64)
+def test_f64_is_refused_where_triton_cannot(arch: str) -> None:
+    plan = plan_of("delta", "key", dtype=F64, arch=arch)
+    with pytest.raises(BuildError, match="A0527"):
+        compile_ahead(plan, render_core(plan, ()), arch)
+
+
+@pytest.mark.parametrize("kernel", ["recurrent", "recurrent_backward"])
+def test_no_product_is_transposed(kernel: str) -> None:
+    """As the left factor of another one, a transposed product gave wrong gradients on Hopper (Triton 3.4 to 3.7)."""
+    for form in FORMS:
+        plan = replace(CoreCase(form, BF16, 64, 64, "sm_90").plan(), kernel=kernel, name=kernel)
+        products, transposes = set[str](), 0
+        for line in render_core(plan, ()).splitlines():
+            assigned = re.match(r" +(\w+) [-+*]?= (.*)", line)
+            if assigned and re.search(r"\b(tl\.)?dot\(", assigned[2]):
+                products.add(assigned[1])
+            elif assigned and assigned[1] in products and " = " in line:
+                products.discard(assigned[1])
+            for transposed in re.findall(r"tl\.trans\((\w+)\)", line):
+                assert transposed not in products, f"{form}: {line}"
+                transposes += 1
+        assert transposes
