@@ -13,10 +13,11 @@ from conftest import Golden
 
 import attncc
 from attncc.build import backward_sources_of
+from attncc.emit.recurrent_backward_cpp import render_backward
 from attncc.emit.recurrent_cpp import render_core
 from attncc.ir.types import DType
 from attncc.plan.nodes import Specialization, Target
-from attncc.plan.recurrent import CorePlan, CoreUpdate
+from attncc.plan.recurrent import CorePlan, CoreUpdate, gradient_of
 from attncc.runtime.arguments import DTYPES, preferred_dtype
 from attncc.runtime.targets import parse
 
@@ -98,6 +99,8 @@ CORES = [
 @pytest.mark.parametrize("plan", CORES, ids=lambda plan: plan.name)
 def test_sources_of_cores_are_as_recorded(plan: CorePlan, golden: Golden) -> None:
     golden(FOLDER / f"{plan.name}-cpp-{plan.target.arch}-recurrent.cpp.expected", render_core(plan))
+    gradients = render_backward(gradient_of(plan))
+    golden(FOLDER / f"{plan.name}-cpp-{plan.target.arch}-recurrent_backward.cpp.expected", gradients)
 
 
 def test_sources_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
