@@ -15,7 +15,7 @@ def orthogonal(
     for start in range(0, features, width):
         square = torch.randn(width, width, generator=generator, dtype=torch.float64)
         # The signs make the distribution uniform: QR by itself prefers some rotations.
-        q, r = torch.linalg.qr(square)  # pyright: ignore[reportUnknownMemberType]
+        q, r = torch.linalg.qr(square)
         blocks.append((q * r.diagonal().sign())[:, : features - start])
     lengths = torch.randn(width, features, generator=generator, dtype=torch.float64).norm(dim=0)
     return (torch.cat(blocks, 1) * lengths).to(dtype) if blocks else torch.zeros(width, 0, dtype=dtype)

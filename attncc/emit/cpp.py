@@ -12,6 +12,7 @@ from attncc.emit.cpp_machine import (
     ELEMENT_TYPES,
     SCALAR_TYPES,
     argument_fields,
+    machine_of,
     mangle,
     table_element,
     table_type,
@@ -51,7 +52,7 @@ class CppPrinter:
 
     def filters(self) -> Mapping[str, Callable[..., object]]:
         return {
-            "machine": lambda _: self._cpp.machine,
+            "machine": machine_of,
             "arguments": argument_fields,
             "functions": self.functions,
             "element_types": self.element_types,
@@ -104,7 +105,8 @@ class CppPrinter:
 
     def reads_k_in_place(self, plan: ForwardPlan) -> bool:
         """Whether products read the keys where the call has them; a row must be a whole number of words."""
-        return not (self._cpp.machine.widened or (self._cpp.machine.pairs and plan.head_dim_qk % 2))
+        machine = machine_of(plan)
+        return not (machine.widened or (machine.pairs and plan.head_dim_qk % 2))
 
     def scalar_type(self, scalar: ScalarArgument) -> str:
         """The C++ type of a run-time scalar of the specification."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import assert_never
 
 from attncc.emit.cpp_loads import Definitions, TiledLoad, tiled_loads
-from attncc.emit.cpp_machine import Machine, machine_of, mangle
+from attncc.emit.cpp_machine import Reals, machine_of, mangle
 from attncc.emit.cpp_plan import expressions_of, levels_of
 from attncc.emit.cpp_rows import RowLevels, split_levels
 from attncc.emit.cpp_text import ATOM, BITS, COMPARISON, LEVELS, LOGIC, SUM, UNARY, Printed
@@ -57,7 +57,7 @@ class Expressions:
     tiled        of a kernel of pairs: the loads that are read for a whole tile at once
     """
 
-    def __init__(self, machine: Machine, dtypes: Mapping[str, DType]) -> None:
+    def __init__(self, machine: Reals, dtypes: Mapping[str, DType]) -> None:
         self.machine = machine
         self.dtypes = dtypes
         self.variables: dict[str, Printed] = {}

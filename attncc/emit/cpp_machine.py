@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import Literal, Protocol, assert_never
 
 from attncc.ir.nodes import Summary
 from attncc.ir.types import DType, Kind
@@ -45,6 +45,15 @@ _USES: dict[str, tuple[str, ...]] = {
     "sigmoid": ("exp", "reciprocal"),
     "silu": ("sigmoid",),
 }
+
+
+class Reals(Protocol):
+    """What expressions are computed in: a part of every machine."""
+
+    @property
+    def real(self) -> Literal["float", "double"]: ...
+
+    def literal(self, digits: str) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)

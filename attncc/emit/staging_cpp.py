@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from attncc.emit.cpp_expressions import LOGICAL, Expressions
-from attncc.emit.cpp_machine import ELEMENT_TYPES, Field, Format, Machine, mangle, with_uses
+from attncc.emit.cpp_machine import ELEMENT_TYPES, Field, Format, Reals, mangle, with_uses
 from attncc.emit.cpp_text import Printed
 from attncc.ir.nodes import Apply, Expr, Parameter, Variable
 from attncc.ir.operators import OPERATORS
@@ -89,7 +89,7 @@ class _Expressions(Expressions):
 class StagingText:
     """The filters of the template."""
 
-    def __init__(self, plan: CorePlan, machine: Machine) -> None:
+    def __init__(self, plan: CorePlan, machine: Reals) -> None:
         assert plan.staging is not None
         self._staging: Staging = plan.staging
         self._cpp = _Expressions(machine, {})

@@ -65,10 +65,11 @@ def _verify_normalized(recurrence: Recurrence) -> None:
     """The last value column is a column of ones: what varies with value channels is made of v and the state."""
     for statement in recurrence.statements:
         for node in walk(statement.value):
-            reads_channel = isinstance(node, Load) and any(has_free(index, "e") for index in node.indices)
             if isinstance(node, Reduce) and node.over == "e":
                 raise IRError(f"{recurrence.name}: a sum over value channels would count the one of the sum of weights")
-            if reads_channel and node.tensor not in ("v", "S"):  # pyright: ignore[reportAttributeAccessIssue]
+            if not isinstance(node, Load) or node.tensor in ("v", "S"):
+                continue
+            if any(has_free(index, "e") for index in node.indices):
                 raise IRError(f"{recurrence.name}: {to_text(node)} has no element for the sum of weights")
 
 

@@ -25,13 +25,13 @@ def first_derivatives(
 
 class _Computed(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]  # PyTorch types it as taking anything
+    def forward(
         ctx: Any, compute: Callable[[], tuple[Tensor | None, ...]], *of: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         del ctx, of
         return compute()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:  # type: ignore[override]  # as above
+    def backward(ctx: Any, *gradients: Any) -> Any:
         del ctx, gradients
         raise CallError(RecurrenceTwice(None))

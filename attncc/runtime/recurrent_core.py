@@ -67,7 +67,7 @@ class _Core(torch.autograd.Function):
     """Recomputes the states of chunks in the backward pass instead of keeping them."""
 
     @staticmethod
-    def forward(  # type: ignore[override]  # PyTorch types it as taking anything
+    def forward(
         ctx: Any, core: CompiledCore, value_width: int, offsets: Tensor | None, state: Tensor | None, *tensors: Any
     ) -> tuple[Tensor, Tensor]:
         operands = Operands.of(tensors)
@@ -79,7 +79,8 @@ class _Core(torch.autograd.Function):
         return o, last
 
     @staticmethod
-    def backward(ctx: Any, d_o: Tensor, d_state: Tensor) -> tuple[Any, ...]:  # type: ignore[override]  # as above
+    # PyTorch types it as taking anything.
+    def backward(ctx: Any, d_o: Tensor, d_state: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         offsets, state, *tensors = ctx.saved_tensors
 
         def compute() -> tuple[Tensor | None, ...]:

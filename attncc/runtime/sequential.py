@@ -148,7 +148,7 @@ class _Sequential(torch.autograd.Function):
     """Keeps the operands, no states: the backward pass runs the tokens again."""
 
     @staticmethod
-    def forward(  # type: ignore[override]  # PyTorch types it as taking anything
+    def forward(
         ctx: Any,
         plan: SequentialPlan,
         kernel: CompiledSequential,
@@ -167,7 +167,8 @@ class _Sequential(torch.autograd.Function):
         return o, last
 
     @staticmethod
-    def backward(ctx: Any, d_o: Tensor, d_last: Tensor) -> tuple[Any, ...]:  # type: ignore[override]  # as above
+    # PyTorch types it as taking anything.
+    def backward(ctx: Any, d_o: Tensor, d_last: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         offsets, state, *operands = ctx.saved_tensors
 
         def compute() -> tuple[Tensor | None, ...]:

@@ -43,6 +43,7 @@ class Part:
 def parts(text: str) -> Iterator[Part]:
     """The parts of `text` in order; white space inside lines is skipped."""
     for match in _PARTS.finditer(text):
+        # The groups of the pattern are named as kinds are.
         yield Part(match.lastgroup, match.group(), match.start())  # pyright: ignore[reportArgumentType]
 
 

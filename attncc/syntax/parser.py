@@ -33,7 +33,7 @@ _cache_folder: Path | None = None
 
 def use_cache_folder(path: Path | None) -> None:
     """Keeps the parser's tables in a folder: loading them takes a tenth of the time of making them."""
-    global _cache_folder  # noqa: PLW0603
+    global _cache_folder  # noqa: PLW0603 - it is a setting of the process
     _cache_folder = path
 
 
@@ -94,15 +94,16 @@ def _lark() -> Lark:
     class Layout(Indenter):
         """Line breaks and indentation as tokens, from the indentation of the first line on."""
 
-        NL_type = "_NEWLINE"  # pyright: ignore
-        OPEN_PAREN_types = ["LPAR", "LSQB"]  # pyright: ignore
-        CLOSE_PAREN_types = ["RPAR", "RSQB"]  # pyright: ignore
-        INDENT_type = "_INDENT"  # pyright: ignore
-        DEDENT_type = "_DEDENT"  # pyright: ignore
-        tab_len = 8  # pyright: ignore
+        # lark declares properties, and reads attributes as well.
+        NL_type = "_NEWLINE"  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+        OPEN_PAREN_types = ["LPAR", "LSQB"]  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+        CLOSE_PAREN_types = ["RPAR", "RSQB"]  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+        INDENT_type = "_INDENT"  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+        DEDENT_type = "_DEDENT"  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+        tab_len = 8  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
         base = 0
 
-        def handle_NL(self, token: Token) -> Iterator[Token]:  # noqa: N802
+        def handle_NL(self, token: Token) -> Iterator[Token]:  # noqa: N802 - lark calls it so
             before, line = token.rsplit("\n", 1)
             if len(line) < self.base and self.paren_level == 0:
                 raise DedentError(line)
