@@ -51,7 +51,13 @@ attention example(flag: bool, n: int, c: float, m: bool[B, N], w: int[H], g: flo
         out = q @ S + where(flag, n, w[h] // 2) * v
 """)
     q, k, v = rows(20, (4, 2, 1))
-    inputs = {"m": torch.rand(2, 20) > 0.5, "w": torch.arange(4), "g": -torch.rand(2, 2, 20), "c": 0.3, "n": 3}
+    inputs: dict[str, Any] = {
+        "m": torch.rand(2, 20) > 0.5,
+        "w": torch.arange(4),
+        "g": -torch.rand(2, 2, 20),
+        "c": 0.3,
+        "n": 3,
+    }
     for flag in (False, True):
         compare(attn, q, k, v, flag=flag, **inputs)
 

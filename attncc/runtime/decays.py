@@ -38,19 +38,21 @@ class Decays:
     def have_logarithms(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound | BoundRecurrence) -> bool:
         """Whether kernels may take them, and autograd the gradients of those that it follows. Waits for the device."""
         rows: dict[RowName, Tensor] = {"q": q, "k": k, "v": v}
-        followed = torch.is_grad_enabled()
-        with torch.no_grad():
-            return all(self._has(x, rows, bound, followed) for x in self.logged)
+        return all(self._has(x, rows, bound, _is_followed(x, rows, bound)) for x in self.logged)
 
+    def are_followed(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound | BoundRecurrence) -> bool:
+        """Whether there are gradients of any of them."""
+        rows: dict[RowName, Tensor] = {"q": q, "k": k, "v": v}
+        return any(_is_followed(x, rows, bound) for x in self.logged)
+
+    @torch.no_grad()
     def _has(self, x: Logged, rows: dict[RowName, Tensor], bound: Bound | BoundRecurrence, followed: bool) -> bool:
-        tensors: dict[str, Tensor] = {**bound.tensors, **rows}
-        followed = followed and any(tensors[name].requires_grad for name in _tensors_of(x.value))
         # The gradient of `where` is 0 times that of what is not used, and so NaN where that is infinite.
         expr = x.value if followed else x.used
         value = _whole(expr, bound)
         if value is None:
             names = _tensors_of(expr)
-            read = {name for name in _ROWS if name in names}
+            read: set[RowName] = {name for name in _ROWS if name in names}
             evaluator = evaluator_of(self.recurrence, rows, bound.inputs, bound.q_offset, read)
             value = evaluator.vector(expr, _width(expr, evaluator), evaluator.env.floating)
         fits = value > 0 if followed or x.base else value >= 0
@@ -68,6 +70,13 @@ def _whole(value: Expr, bound: Bound | BoundRecurrence) -> Tensor | float | None
             return bound.scalars[name]
         case _:
             return None
+
+
+def _is_followed(x: Logged, rows: dict[RowName, Tensor], bound: Bound | BoundRecurrence) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    tensors: dict[str, Tensor] = {**bound.tensors, **rows}
+    return any(tensors[name].requires_grad for name in _tensors_of(x.value))
 
 
 def _tensors_of(value: Expr) -> set[str]:

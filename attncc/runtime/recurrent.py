@@ -93,7 +93,7 @@ class RecurrentAttention:
         q, k, v = cast_by_autocast(q, k, v)
         bound = self._bound(q, k, v, extra, initial_state, cu_seqlens, q_offset, inputs)
         _refuse_tracing(q, k, v, bound)
-        o, state = self._kernels_of(q, k, v, bound).run(q, k, v, bound)
+        o, state = self._run(q, k, v, bound)
         return (o, state) if return_state else o
 
     def step(
@@ -110,7 +110,8 @@ class RecurrentAttention:
         reason = _not_in_place(self.attention, state, q)
         if reason:
             raise CallError(WrongState(None, reason))
-        return self._kernels_of(q, k, v, bound).step(q, k, v, bound, state)
+        kernels = self.kernels if self._have_logarithms(q, k, v, bound) else self._token_by_token
+        return kernels.step(q, k, v, bound, state)
 
     def reference(
         self,
@@ -173,13 +174,22 @@ class RecurrentAttention:
         form = normal_form(self.attention)
         return None if isinstance(form, Sequential) else Decays.of(self.attention, form.decay)
 
-    def _kernels_of(
-        self, q: Tensor, k: Tensor, v: Tensor, bound: BoundRecurrence
-    ) -> RecurrentKernels | SequentialKernels:
-        """Those of a call: chunks of tokens only where its decays have logarithms."""
-        if self._decays is None or self._decays.have_logarithms(q, k, v, bound):
-            return self.kernels
-        return self._token_by_token
+    def _have_logarithms(self, q: Tensor, k: Tensor, v: Tensor, bound: BoundRecurrence) -> bool:
+        return self._decays is None or self._decays.have_logarithms(q, k, v, bound)
+
+    def _run(self, q: Tensor, k: Tensor, v: Tensor, bound: BoundRecurrence) -> tuple[Tensor, Tensor]:
+        """o and the last state: by chunks of tokens where the decays have logarithms, else token by token."""
+        if self._decays is None or not self._decays.logged:
+            return self.kernels.run(q, k, v, bound)
+        if not self._decays.are_followed(q, k, v, bound):
+            # Whatever has no logarithm leaves a NaN in the state, which stays there. To look for one takes less time
+            # than to look at the decays of all tokens.
+            o, state = self.kernels.run(q, k, v, bound)
+            if not state.detach().sum().isnan() or self._have_logarithms(q, k, v, bound):
+                return o, state
+        elif self._have_logarithms(q, k, v, bound):
+            return self.kernels.run(q, k, v, bound)
+        return self._token_by_token.run(q, k, v, bound)
 
     def _bound(
         self,
