@@ -148,7 +148,7 @@ class RecurrentAttention:
         tensors = tuple((p.name, stored_dtype(p, preferred_dtype(p))) for p in self.attention.tensors)
         specialization = Specialization(DTYPES[dtype], head_dim, head_dim_v or head_dim, tensors)
         target = default_target(self.target, self.templates)
-        built = {*self.kernels.built_sources(), *self._token_by_token.built_sources()}
+        built = (*self.kernels.built_sources(), *self._token_by_token.built_sources())
         kernels = built or self.kernels.sources(specialization, target)
         return {plan.name: text for plan, text in kernels}
 
