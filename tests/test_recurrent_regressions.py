@@ -165,3 +165,9 @@ def test_zero_to_the_power_of_zero_keeps_the_state() -> None:
         "        S += outer(k, v)\n        out = q @ S\n"
     )
     compare(attn, *rows(5), x=torch.tensor([0.0, 2.0]), n=0)
+
+
+def test_a_step_without_a_state_is_refused() -> None:
+    attn: Any = attncc.build(LINEAR)
+    with pytest.raises(attncc.CallError, match="`state` must be"):
+        attn.step(*rows(1), state=None)

@@ -105,6 +105,8 @@ class RecurrentAttention:
         CallError for arguments that do not fit, and for a state that cannot be written to.
         """
         q, k, v = cast_by_autocast(q, k, v)
+        if reasons := list(refusals.kind_reasons({"state": state}, {"state": "(B, H, D, E)"})):
+            raise CallError(*reasons)
         bound = self._bound(q, k, v, extra, state, None, q_offset, inputs)
         _refuse_tracing(q, k, v, bound)
         reason = _not_in_place(self.attention, state, q)
