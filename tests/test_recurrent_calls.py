@@ -9,6 +9,7 @@ import pytest
 import torch
 from recurrent_formulas import FORMULAS
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 import attncc
 from attncc.diagnostics import CallError
@@ -174,3 +175,24 @@ def test_a_state_that_cannot_be_written_to_is_refused(state: Tensor) -> None:
     attn = attncc.build(EXAMPLES / "linear.attn")
     with pytest.raises(CallError, match="A0623"):
         attn.step(*(torch.randn(1, 2, 1, 8) for _ in range(3)), state=state)
+
+
+def test_a_compiled_function_breaks_its_graph_at_a_call_and_nowhere_else() -> None:
+    attn = attncc.build(EXAMPLES / "retnet.attn")
+    gamma = torch.rand(2)
+
+    def function(x: Tensor) -> Tensor:
+        rows = torch.tanh(x)
+        return attn(rows, rows, rows, gamma=gamma) * 2
+
+    x = torch.randn(1, 2, 20, 8)
+    torch.compiler.reset()
+    counter = CompileCounter()
+    assert torch.equal(torch.compile(function, backend=counter)(x), function(x))
+    assert counter.frame_count == 2  # before the call, and after it
+
+
+def test_queries_that_read_all_tokens_are_not_packed() -> None:
+    attn = attncc.build("attention a():\n    feature = elu(x) + 1\n    normalize = sum\n")
+    with pytest.raises(CallError, match="A0626"):
+        attn(*(torch.randn(1, 2, 5, 8) for _ in range(3)), cu_seqlens=torch.tensor([0, 2, 5]))

@@ -21,6 +21,7 @@ from attncc.errors import CannotRead, CannotWrite, MissingOperand, NoShapeAtSize
 from attncc.inputs import captured_tensors, describe, operands
 from attncc.ir.nodes import Attention, Elementwise
 from attncc.ir.recurrence import Recurrence, Specification
+from attncc.passes.reassociate import recurrence_of
 from attncc.recurrent_inputs import recurrent_tensors
 from attncc.runtime.arguments import Sizes
 from attncc.runtime.call import CompiledAttention
@@ -123,19 +124,25 @@ def call_arguments(
     if missing:
         generator = torch.Generator().manual_seed(arguments.seed + 1)
         try:
-            if isinstance(loaded.attention, Recurrence):
-                made_up = recurrent_tensors(loaded.attention, q, k, v, loaded.scalars, generator)
+            recurrence = _recurrence(loaded.attention)
+            if recurrence is not None:
+                made_up = recurrent_tensors(recurrence, q, k, v, loaded.scalars, generator)
             else:
                 made_up = captured_tensors(loaded.attention, sizes, dtype, generator)
         except ValueError as error:
             raise CallError(NoShapeAtSizes(None, str(error))) from error
         for tensor in missing:
-            recurrent = isinstance(loaded.attention, Recurrence)
-            what = "numbers with which states do not explode" if recurrent else describe(tensor)
+            what = describe(tensor) if recurrence is None else "numbers with which nothing explodes"
             say(f"`{tensor.name}` is not given; taking {what}")
             given[tensor.name] = made_up[tensor.name]
     q, k, v = (x.to(device) for x in (q, k, v))
     return q, k, v, {**{name: tensor.to(device) for name, tensor in given.items()}, **loaded.scalars}
+
+
+def _recurrence(attention: Specification) -> Recurrence | None:
+    """The recurrence that an attention is, or that its weights are where they separate."""
+    found = attention if isinstance(attention, Recurrence) else recurrence_of(attention)
+    return found if isinstance(found, Recurrence) else None
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from attncc.runtime.recurrent_errors import RecurrenceNotTraced, WrongState
 from attncc.runtime.recurrent_kernels import RecurrentKernels
 from attncc.runtime.sequential import SequentialKernels
 from attncc.runtime.targets import default_target
-from attncc.runtime.tracing import cast_by_autocast, lies_in_memory
+from attncc.runtime.tracing import cast_by_autocast, lies_in_memory, outside_dynamo
 
 
 class RecurrentAttention:
@@ -66,6 +66,7 @@ class RecurrentAttention:
         inputs = "".join(f", {p.name}" for p in self.attention.parameters)
         return f"<RecurrentAttention {self.attention.name}(q, k, v{', *' if inputs else ''}{inputs})>"
 
+    @outside_dynamo
     def __call__(
         self,
         /,
@@ -96,6 +97,7 @@ class RecurrentAttention:
         o, state = self._run(q, k, v, bound)
         return (o, state) if return_state else o
 
+    @outside_dynamo
     def step(
         self, /, q: Tensor, k: Tensor, v: Tensor, *extra: Any, state: Tensor, q_offset: int = 0, **inputs: Any
     ) -> Tensor:

@@ -14,7 +14,7 @@ from attncc.ir.recurrence import Recurrence
 from attncc.runtime import refusals
 from attncc.runtime.arguments import MAX_LENGTH, OPERAND_DTYPES, Signature, Sizes, python_number, size_function
 from attncc.runtime.errors import EmptyWidth, TooLong, WrongSize
-from attncc.runtime.recurrent_errors import PackedBatch, RecurrentHeads, WrongOffsets
+from attncc.runtime.recurrent_errors import NoPacking, PackedBatch, RecurrentHeads, WrongOffsets
 
 _OPERAND_SHAPES = {"q": "(B, heads, N, D)", "k": "(B, heads, N, D)", "v": "(B, heads, N, E)"}
 
@@ -95,7 +95,7 @@ def _reasons(
     device = tensors["q"].device if "q" in tensors else None
     yield from refusals.captured_reasons(signature, sizes, inputs, device)
     yield from _offset_reasons(q_offset)
-    packed = list(_packing_reasons(cu_seqlens, sizes, bidirectional))
+    packed = list(_packing_reasons(cu_seqlens, sizes, signature.attention.name, bidirectional=bidirectional))
     yield from packed
     if initial_state is not None and not packed:
         sequences = None if sizes is None else sizes.B if cu_seqlens is None else len(cu_seqlens) - 1
@@ -137,11 +137,11 @@ def _state_reasons(state: Any, shape: tuple[int, ...] | None, q: Tensor | None) 
             yield WrongSize(None, name, axis, found, expected, meaning, str(tuple(state.shape)))
 
 
-def _packing_reasons(cu_seqlens: Any, sizes: Sizes | None, bidirectional: bool) -> Iterator[Diagnostic]:
+def _packing_reasons(cu_seqlens: Any, sizes: Sizes | None, name: str, *, bidirectional: bool) -> Iterator[Diagnostic]:
     if cu_seqlens is None:
         return
     if bidirectional:
-        yield WrongOffsets(None, "every query of this recurrence reads all tokens")
+        yield NoPacking(None, name)
         return
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         found = refusals.short(cu_seqlens.dtype) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__

@@ -74,6 +74,21 @@ class WrongOffsets(Diagnostic):
 
 
 @dataclass(frozen=True, slots=True)
+class NoPacking(Diagnostic):
+    code = "A0626"
+    title = "`cu_seqlens` packs sequences, and every query of `{name}` reads all tokens"
+    help = "call it once for each sequence, or keep a query from later tokens: `mask = causal`"
+    explanation = (
+        "Without a mask every query reads the state that all tokens have left. Packed sequences would each need a "
+        "state of their own, which this version has for causal recurrences only."
+    )
+    bad = "attn(q, k, v, cu_seqlens=torch.tensor([0, 5, 16]))"
+    good = "attn(q[:, :, :5], k[:, :, :5], v[:, :, :5])"
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class PackedBatch(Diagnostic):
     code = "A0622"
     title = "`cu_seqlens` packs sequences of a batch of {batch}"

@@ -5,7 +5,10 @@ Each question is a look at PyTorch's state of this thread and takes some 50 ns; 
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import _C, Tensor
@@ -15,6 +18,9 @@ from torch.nn import Parameter
 
 from attncc.runtime.arguments import Bound
 from attncc.runtime.recurrent_arguments import BoundRecurrence
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Types whose elements lie in memory, where kernels may read them, unless a transform is active.
 _PLAIN: frozenset[type] = frozenset((Tensor, Parameter))
@@ -52,6 +58,24 @@ def lies_in_memory(q: Tensor, k: Tensor, v: Tensor, bound: Bound | BoundRecurren
         if type(tensor) not in _PLAIN:
             return False
     return True
+
+
+def outside_dynamo(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` as one break of the graph under `torch.compile`, as `torch.compiler.disable` makes it; but without
+    importing a compiler that nobody may ask for."""
+    disabled: list[Callable[P, R]] = []
+
+    @functools.wraps(function)
+    def call(*args: P.args, **keywords: P.kwargs) -> R:
+        dynamo = sys.modules.get("torch._dynamo")
+        if dynamo is None:
+            return function(*args, **keywords)
+        if not disabled:
+            disabled.append(dynamo.disable(function))
+        return disabled[0](*args, **keywords)
+
+    call.__dict__["_torchdynamo_disable"] = True  # what Dynamo asks of a function before it follows it
+    return call
 
 
 def without_modes() -> Any:
