@@ -51,7 +51,12 @@ class CoreCase(Case):
 QUICK = [CoreCase("gated_delta", BF16, 64, 64, "sm_90")]
 GRID = [
     *(CoreCase(form, dtype, w, w, "sm_90") for dtype in (BF16, F32) for w in (64, 128) for form in FORMS),
-    *(CoreCase("kda", BF16, w, w, arch) for w in (64, 128) for arch in ("sm_80", "sm_100", "gfx942")),
+    *(
+        CoreCase(form, BF16, w, w, arch)
+        for form in ("kda", "rwkv7")
+        for w in (64, 128)
+        for arch in ("sm_80", "sm_100", "gfx942")
+    ),
 ]
 
 
