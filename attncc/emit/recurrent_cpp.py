@@ -59,7 +59,9 @@ def core_machine(plan: CorePlan) -> CoreMachine:
     where there are 32 registers; four of two are what fits where there are 16."""
     arch = plan.target.arch
     avx512 = arch.startswith("avx512")
-    pairs = plan.dtype is DType.BF16 and arch == "avx512_bf16" and plan.kernel == "recurrent"
+    # Decays of channels are taken into operands, which bf16 would round: the state is f32, and forgets nothing by that.
+    whole = plan.side in ("none", "scalar")
+    pairs = plan.dtype is DType.BF16 and arch == "avx512_bf16" and plan.kernel == "recurrent" and whole
     return CoreMachine(
         arch=arch,
         real="double" if plan.dtype is DType.F64 else "float",
