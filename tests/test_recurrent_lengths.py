@@ -58,8 +58,7 @@ def test_whole_parts_and_steps_are_the_same(name: str, data: st.DataObject) -> N
     lengths = [*lengths[:-1], max(lengths[-1] - max(sum(lengths) - LONGEST, 0), 0)]
     tokens = sum(lengths)
     attn, *rows, inputs = problem(name, F64, tokens=tokens, widths=(8, 12))
-    if attn.attention.bidirectional:
-        return
+    assert not attn.attention.bidirectional
     leaves = [x.requires_grad_() for x in (*rows, *(y for y in inputs.values() if isinstance(y, Tensor)))]
 
     def with_gradients(o: Tensor, state: Tensor) -> list[Tensor]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 
-from attncc.emit.cpp_expressions import LOGICAL, PlanExpressions
+from attncc.emit.cpp_expressions import PlanExpressions, called_functions
 from attncc.emit.cpp_loads import TiledLoad
 from attncc.emit.cpp_machine import (
     CLASSIFIED_KEYS,
@@ -16,13 +15,11 @@ from attncc.emit.cpp_machine import (
     mangle,
     table_element,
     table_type,
-    with_uses,
 )
 from attncc.emit.cpp_plan import expressions_of, own_axes, varying_partials
 from attncc.emit.cpp_text import Printed, tidy
-from attncc.ir.nodes import Apply, Constant, Expr, Load, Variable
-from attncc.ir.operators import OPERATORS
-from attncc.ir.rewrite import children, kind_of, walk
+from attncc.ir.nodes import Constant, Expr, Load, Variable
+from attncc.ir.rewrite import children
 from attncc.ir.text import to_text
 from attncc.ir.types import Kind
 from attncc.plan.nodes import (
@@ -37,8 +34,6 @@ from attncc.plan.nodes import (
     StagedValues,
     TensorArgument,
 )
-
-_CALL = re.compile(r"([a-z0-9_]+)_\(.*\)")
 
 
 class CppPrinter:
@@ -220,14 +215,7 @@ class CppPrinter:
 
     def functions(self, plan: KernelPlan) -> list[str]:
         """The functions of the operator table that the kernel calls, those that others use first."""
-        names = {
-            match[1]
-            for expr in expressions_of(plan, self._cpp.row_levels)
-            for node in walk(expr)
-            if isinstance(node, Apply) and node.op not in LOGICAL and node.op != "not"
-            if (match := _CALL.fullmatch(OPERATORS[node.op].spelling("cpp", kind_of(node.args[-1]))))
-        }
-        return with_uses(list(names))
+        return called_functions(expressions_of(plan, self._cpp.row_levels))
 
     def element_types(self, plan: KernelPlan) -> set[str]:
         """The C++ types of the elements that the kernel reads and writes."""

@@ -7,12 +7,12 @@ its value); everything else prints as a scalar and is broadcast where the two me
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import assert_never
 
 from attncc.emit.cpp_loads import Definitions, TiledLoad, tiled_loads
-from attncc.emit.cpp_machine import Reals, machine_of, mangle
+from attncc.emit.cpp_machine import Reals, machine_of, mangle, with_uses
 from attncc.emit.cpp_plan import expressions_of, levels_of
 from attncc.emit.cpp_rows import RowLevels, split_levels
 from attncc.emit.cpp_text import ATOM, BITS, COMPARISON, LEVELS, LOGIC, SUM, UNARY, Printed
@@ -38,12 +38,24 @@ from attncc.passes.ranges import INT32, Range, int_range
 from attncc.plan.nodes import BackwardPlan, Binding, ForwardPlan, KernelPlan, RowsPlan
 
 _INFIX = re.compile(r"\(\{0\} (\S+) \{1\}\)")
+_CALL = re.compile(r"([a-z0-9_]+)_\(.*\)")
 _PREFIX = re.compile(r"\((\S)\{0\}\)")
 
 # Spelt with C++'s own operators: for scalars, for masks.
 LOGICAL = {"and": ("&&", "&"), "or": ("||", "|")}
 # Functions that return 32 bits, whatever they take.
 _NARROWING = ("to_int", "random_key")
+
+
+def called_functions(exprs: Iterable[Expr]) -> list[str]:
+    """The functions of the operator table that expressions call, those that others use first."""
+    applied = (node for expr in exprs for node in walk(expr) if isinstance(node, Apply))
+    spellings = (
+        OPERATORS[node.op].spelling("cpp", kind_of(node.args[-1]))
+        for node in applied
+        if node.op not in LOGICAL and node.op != "not"
+    )
+    return with_uses(sorted({match[1] for spelling in spellings if (match := _CALL.fullmatch(spelling))}))
 
 
 class Expressions:

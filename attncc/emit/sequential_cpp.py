@@ -6,17 +6,13 @@ scalars, one over both an array of rows of vectors; one over neither is a scalar
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from attncc.emit.cpp_expressions import LOGICAL, Expressions
-from attncc.emit.cpp_machine import ELEMENT_TYPES, Field, Format, Machine, with_uses
+from attncc.emit.cpp_expressions import Expressions, called_functions
+from attncc.emit.cpp_machine import ELEMENT_TYPES, Field, Format, Machine
 from attncc.emit.cpp_text import Printed, tidy
 from attncc.emit.render import fill
-from attncc.ir.nodes import Apply
-from attncc.ir.operators import OPERATORS
-from attncc.ir.rewrite import kind_of, walk
 from attncc.ir.text import to_text
 from attncc.ir.types import DType, Kind
 from attncc.plan.cpp_tiles import choose_tile
@@ -24,7 +20,6 @@ from attncc.plan.sequential import STATE, Axis, Operand, SequentialPlan, Step
 
 _SCALARS = {Kind.FLOAT: "real", Kind.INT: "int64", Kind.BOOL: "bool"}
 _LANES = {Kind.FLOAT: "floats", Kind.INT: "longs", Kind.BOOL: "ints"}
-_CALL = re.compile(r"([a-z0-9_]+)_\(.*\)")
 
 
 def source_of(plan: SequentialPlan, templates: Sequence[Path] = ()) -> str:
@@ -100,14 +95,7 @@ def _in_lanes(axes: tuple[Axis, ...]) -> bool:
 
 def _functions(plan: SequentialPlan) -> list[str]:
     """The functions of the operator table that the kernel calls, those that others use first."""
-    applied = [node for step in plan.steps for node in walk(step.value) if isinstance(node, Apply)]
-    called = (_called(node) for node in applied if node.op not in LOGICAL and node.op != "not")
-    return with_uses(sorted({name for name in called if name}))
-
-
-def _called(node: Apply) -> str:
-    match = _CALL.fullmatch(OPERATORS[node.op].spelling("cpp", kind_of(node.args[-1])))
-    return match[1] if match else ""
+    return called_functions(step.value for step in plan.steps)
 
 
 def _element_types(plan: SequentialPlan) -> set[str]:

@@ -6,23 +6,20 @@ beyond the last channel is without meaning; one for a token is a scalar.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from attncc.emit.cpp_expressions import LOGICAL, Expressions
-from attncc.emit.cpp_machine import ELEMENT_TYPES, Field, Format, Reals, mangle, with_uses
+from attncc.emit.cpp_expressions import Expressions, called_functions
+from attncc.emit.cpp_machine import ELEMENT_TYPES, Field, Format, Reals, mangle
 from attncc.emit.cpp_text import Printed
-from attncc.ir.nodes import Apply, Expr, Parameter, Variable
-from attncc.ir.operators import OPERATORS
-from attncc.ir.rewrite import kind_of, walk
+from attncc.ir.nodes import Expr, Parameter, Variable
+from attncc.ir.rewrite import walk
 from attncc.ir.types import Kind
 from attncc.plan.recurrent import CorePlan
 from attncc.plan.sequential import Axis, Step
 from attncc.plan.staging import Input, Staging
 
 _SCALARS = {Kind.FLOAT: "real", Kind.INT: "int64", Kind.BOOL: "bool"}
-_CALL = re.compile(r"([a-z0-9_]+)_\(.*\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +119,7 @@ class StagingText:
     def _functions(self, plan: CorePlan) -> list[str]:
         """The functions of the operator table that steps call, those that others use first."""
         del plan
-        applied = [node for step in self._staging.steps for node in walk(step.value) if isinstance(node, Apply)]
-        called = (_called(node) for node in applied if node.op not in LOGICAL and node.op != "not")
-        return with_uses(sorted({name for name in called if name}))
-
-
-def _called(node: Apply) -> str:
-    match = _CALL.fullmatch(OPERATORS[node.op].spelling("cpp", kind_of(node.args[-1])))
-    return match[1] if match else ""
+        return called_functions(step.value for step in self._staging.steps)
 
 
 def _variable(value: Input | Step) -> Printed:

@@ -55,6 +55,11 @@ def run_core(
     return o, state
 
 
+def kernel_state(given: Tensor | None, q: Tensor) -> Tensor | None:
+    """An initial state as kernels take it."""
+    return None if given is None else given.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
+
+
 def states_like(operands: Operands, value_width: int, offsets: Tensor | None) -> Tensor:
     """An uninitialised state for each sequence and head."""
     batch, heads, _, width = operands.query.shape

@@ -21,7 +21,7 @@ from attncc.plan.staging import NotStaged, plan_staging
 from attncc.runtime import cache
 from attncc.runtime.arguments import DTYPES, Sizes
 from attncc.runtime.recurrent_arguments import BoundRecurrence, state_shape
-from attncc.runtime.recurrent_core import CompiledCore, run_core, states_like
+from attncc.runtime.recurrent_core import CompiledCore, kernel_state, run_core, states_like
 from attncc.runtime.recurrent_operands import Operands, prepare
 from attncc.runtime.targets import resolve
 
@@ -46,7 +46,7 @@ class RecurrentKernels:
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, bound: BoundRecurrence) -> tuple[Tensor, Tensor]:
         """o (B, H, N, E) in the type of q and the last state; differentiable."""
-        state = self._state(bound.initial_state, q)
+        state = kernel_state(bound.initial_state, q)
         staged = None if _is_followed(q, k, v, bound, state) else self._staged(q, v, bound)
         if staged is not None:
             o, last = self._results(q, bound)
@@ -106,11 +106,6 @@ class RecurrentKernels:
             assert value is not None, "nothing erases where every query reads the same state"
             last = last + key.to(wide).mT @ value.to(wide)
         return (operands.query.to(wide) @ last).to(operands.query.dtype), last
-
-    @staticmethod
-    def _state(given: Tensor | None, q: Tensor) -> Tensor | None:
-        """An initial state as kernels take it."""
-        return None if given is None else given.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
 
     @staticmethod
     def _results(q: Tensor, bound: BoundRecurrence) -> tuple[Tensor, Tensor]:

@@ -60,11 +60,14 @@ class Prepared:
         """The output of the whole recurrence, in the type of that of the core."""
         result = output if self.gate is None else output * self.gate
         result = result if self.bonus is None else result + self.bonus
-        if self.normalized:
-            weighted, total = result[..., :-1], result[..., -1:]
-            nothing = total == 0
-            result = torch.where(nothing, 0, weighted) / torch.where(nothing, 1, total)
-        return result.to(output.dtype)
+        return (divided_by_sum(result) if self.normalized else result).to(output.dtype)
+
+
+def divided_by_sum(o: Tensor) -> Tensor:
+    """Columns but the last, divided by the last: the sum of weights. 0 where that is 0."""
+    weighted, total = o[..., :-1], o[..., -1:]
+    nothing = total == 0
+    return torch.where(nothing, 0, weighted) / torch.where(nothing, 1, total)
 
 
 def prepare(

@@ -20,6 +20,8 @@ from attncc.runtime import cache
 from attncc.runtime.arguments import DTYPES, TORCH_DTYPES
 from attncc.runtime.first_derivatives import first_derivatives
 from attncc.runtime.recurrent_arguments import BoundRecurrence
+from attncc.runtime.recurrent_core import kernel_state
+from attncc.runtime.recurrent_operands import divided_by_sum
 from attncc.runtime.sequential_gradient import Interpreted, gradients
 from attncc.runtime.sequential_kernel import CompiledSequential
 from attncc.runtime.sequential_operands import prepare
@@ -42,7 +44,7 @@ class SequentialKernels:
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, bound: BoundRecurrence) -> tuple[Tensor, Tensor]:
         """o (B, H, N, E) in the type of q and the last state; differentiable."""
-        state = self._state(bound.initial_state, q)
+        state = kernel_state(bound.initial_state, q)
         if not self.recurrence.bidirectional:
             o, last = self._tokens("all", {"q": q, "k": k, "v": v}, bound, state)
         else:
@@ -111,17 +113,8 @@ class SequentialKernels:
         return self.built[key]
 
     def _finished(self, o: Tensor, q: Tensor) -> Tensor:
-        """The output of the recurrence: divided by the sum of weights in its last column, 0 where that is 0."""
-        if self.recurrence.normalizer == "sum":
-            weighted, total = o[..., :-1], o[..., -1:]
-            nothing = total == 0
-            o = torch.where(nothing, 0, weighted) / torch.where(nothing, 1, total)
-        return o.to(q.dtype)
-
-    @staticmethod
-    def _state(given: Tensor | None, q: Tensor) -> Tensor | None:
-        """An initial state as kernels take it."""
-        return None if given is None else given.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
+        """The output of the recurrence, in the type of q."""
+        return (divided_by_sum(o) if self.recurrence.normalizer == "sum" else o).to(q.dtype)
 
 
 Part = Literal["all", "updates", "outputs"]
