@@ -12,6 +12,7 @@ from attncc.emit.cpp_text import tidy
 from attncc.emit.render import fill
 from attncc.emit.staging_cpp import StagingText
 from attncc.ir.types import DType
+from attncc.plan.factors import FACTOR
 from attncc.plan.recurrent import CorePlan
 
 # Bytes of a vector register.
@@ -130,28 +131,45 @@ def _operand(name: str, element: str, shape: str) -> Field:
 
 @dataclass(frozen=True, slots=True)
 class NumberedUpdate:
-    """An update of a plan: its operands are `key_number`, `value_number` and `erase_number`.
+    """An update of a plan.
 
-    row   where a chunk has that of `token`, among the updates of all tokens
+    key, value, erase   the names of its operands; None where it has none
+    row                 where a chunk has that of `token`, among the updates of all tokens
     """
 
-    number: int
-    value: bool
+    key: str
+    value: str | None
+    erase: str | None
     row: str
 
 
 def known_updates(plan: CorePlan) -> list[NumberedUpdate]:
     """Updates by a value as it is given."""
-    numbers = [i for i, update in enumerate(plan.updates) if update.value and not update.erase]
-    rows = [f"token * KNOWN_PER_TOKEN{f' + {place}' if place else ''}" for place in range(len(numbers))]
-    return [NumberedUpdate(i, True, row) for i, row in zip(numbers, rows, strict=True)]
+    return _numbered(plan, "token * KNOWN_PER_TOKEN", erasing=False)
 
 
 def erasing_updates(plan: CorePlan) -> list[NumberedUpdate]:
     """Updates that depend on the state."""
-    numbers = [i for i, update in enumerate(plan.updates) if update.erase]
-    rows = [f"KNOWN + token * ERASING_PER_TOKEN{f' + {place}' if place else ''}" for place in range(len(numbers))]
-    return [NumberedUpdate(i, plan.updates[i].value, row) for i, row in zip(numbers, rows, strict=True)]
+    return _numbered(plan, "KNOWN + token * ERASING_PER_TOKEN", erasing=True)
+
+
+def _numbered(plan: CorePlan, row: str, *, erasing: bool) -> list[NumberedUpdate]:
+    found = [(i, x) for i, x in enumerate(plan.updates) if x.erase is erasing and (x.value or x.erase)]
+    return [
+        NumberedUpdate(
+            f"key_{i}",
+            f"value_{i}" if update.value else None,
+            f"erase_{i}" if update.erase else None,
+            f"{row} + {place}" if place else row,
+        )
+        for place, (i, update) in enumerate(found)
+    ]
+
+
+def factors(plan: CorePlan) -> list[str]:
+    """The operands that have a factor for each token, `X_factor`."""
+    steps = () if plan.staging is None else plan.staging.steps
+    return [step.name.removesuffix(FACTOR) for step in steps if step.name.endswith(FACTOR)]
 
 
 def render_core(plan: CorePlan, templates: Sequence[Path] = ()) -> str:
@@ -175,5 +193,6 @@ FILTERS: Mapping[str, Callable[..., object]] = {
     "name": mangle,
     "known_updates": known_updates,
     "erasing_updates": erasing_updates,
+    "factors": factors,
     "tidy": tidy,
 }

@@ -15,6 +15,7 @@ from attncc.emit.cpp_text import Printed
 from attncc.ir.nodes import Expr, Parameter, Variable
 from attncc.ir.rewrite import walk
 from attncc.ir.types import Kind
+from attncc.plan.factors import FACTOR
 from attncc.plan.recurrent import CorePlan
 from attncc.plan.sequential import Axis, Step
 from attncc.plan.staging import Input, Staging
@@ -38,7 +39,7 @@ class StagedOperand:
 
 
 def staged_operands(plan: CorePlan) -> list[StagedOperand]:
-    """The operands of a plan that makes them, gate and bonus among them."""
+    """The operands of a plan that makes them, and their factors."""
     assert plan.staging is not None
     return [
         StagedOperand(step.name, _element(plan, step.name), step.axes, _source(plan, step))
@@ -128,14 +129,14 @@ def _variable(value: Input | Step) -> Printed:
 
 
 def _element(plan: CorePlan, operand: str) -> str:
-    wide = operand in ("log_decay", "gate", "bonus")
+    wide = operand in ("log_decay", "gate", "bonus") or operand.endswith(FACTOR)
     return ELEMENT_TYPES[plan.state_dtype if wide else plan.dtype]
 
 
 def _source(plan: CorePlan, step: Step) -> Input | None:
     """The input that an operand is, in its type: such an operand is read where it lies."""
     assert plan.staging is not None
-    if step.name in ("gate", "bonus"):
+    if step.name in ("gate", "bonus") or step.name.endswith(FACTOR):
         return None
     inputs = {x.name: x for x in plan.staging.inputs}
     match step.value:

@@ -23,6 +23,7 @@ from attncc.ir.rewrite import contains, has_free, kind_of, map_children, substit
 from attncc.ir.types import DType, Kind
 from attncc.passes.simplify import simplify_expr
 from attncc.passes.updates import UpdateForm
+from attncc.plan.factors import take_factors_out
 from attncc.plan.sequential import CHANNELS, Axis, Channel, Step
 
 _ROWS: tuple[RowName, ...] = ("q", "k", "v")
@@ -46,7 +47,8 @@ class Input:
 @dataclass(frozen=True, slots=True)
 class Staging:
     """What a core reads and how it makes its operands. A step of the name of an operand (`query`, `key_0`, `value_0`,
-    `erase_0`, `log_decay`, `gate`, `bonus`) is that operand; scalars: run-time scalars that steps read."""
+    `erase_0`, `log_decay`, `gate`, `bonus`) is that operand; but for the last three, `query_factor` is what the core
+    multiplies each of its channels by. scalars: run-time scalars that steps read."""
 
     inputs: tuple[Input, ...]
     scalars: tuple[tuple[str, Kind], ...]
@@ -72,7 +74,10 @@ def plan_staging(
         lowering.add(name, channel, expr)
     kinds = {p.name: p.kind for p in recurrence.scalars}
     used = [n for n in kinds if any(contains(s.value, lambda x, n=n: _reads_scalar(x, n)) for s in lowering.steps)]
-    return Staging(tuple(lowering.inputs.values()), tuple((n, kinds[n]) for n in used), tuple(lowering.steps))
+    inputs = tuple(lowering.inputs.values())
+    rows = [x for x in inputs if x.axes]
+    steps = take_factors_out(lowering.steps, [x.name for x in rows], [x.name for x in rows if x.dtype is dtypes["q"]])
+    return Staging(inputs, tuple((n, kinds[n]) for n in used), steps)
 
 
 def _operands(form: UpdateForm) -> list[tuple[str, Channel | None, Expr]]:
