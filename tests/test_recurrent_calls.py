@@ -166,6 +166,27 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], code: str) -> None
         attn(q, k, v, **change)
 
 
+def misfits(x: Tensor) -> list[Any]:
+    """What cannot stand in for `x`, one axis, type or layout at a time."""
+    longer = [torch.cat([x, x.narrow(axis, 0, 1)], axis) for axis in range(x.dim())]
+    return [*longer, x[0], x.int(), x.to("meta"), x.to_sparse(), x.numpy(), "x"]
+
+
+def test_every_misfit_has_its_reason() -> None:
+    attn = attncc.build(EXAMPLES / "gated_deltanet.attn")
+    fitting = {name: torch.rand(3, 4, 5, 6) for name in "qkv"}
+    fitting |= {"g": -torch.rand(3, 4, 5), "beta": torch.rand(3, 4, 5), "initial_state": torch.rand(3, 4, 6, 6)}
+    attn(**fitting)
+    wrong = [{name: x} for name, given in fitting.items() for x in misfits(given)]
+    wrong += [{"q_offset": x} for x in (None, True, 0.5, 2**31, torch.zeros(2))] + [{"gamma": torch.rand(4)}]
+    for change in wrong:
+        with pytest.raises(CallError):
+            attn(**{**fitting, **change})
+    for name in ("g", "beta"):
+        with pytest.raises(CallError, match=name):
+            attn(**{n: x for n, x in fitting.items() if n != name})
+
+
 @pytest.mark.parametrize(
     "state",
     [torch.zeros(1, 2, 8, 8, dtype=BF16), torch.zeros(1, 2, 8, 16)[..., ::2], torch.zeros(1, 2, 8, 8).requires_grad_()],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class StagedCppCore:
         self.plan = plan
         self._staging = plan.staging
         self._kernel = kernel
+        self._readers = tuple(map(_Reader.of, plan.staging.inputs))
         # The kernel sets operands itself.
         self._operands = (0,) * sum(len(field.slots) for field in operand_fields(plan, "", ""))
 
@@ -40,25 +42,25 @@ class StagedCppCore:
         """Writes o (B, H, N, E) and the last state, contiguous. rows: q, k and v as they came."""
         sizes, offsets = bound.sizes, bound.offsets
         tensors = {**bound.tensors, **rows}
-        views = [_readable(tensors[x.tensor], x) for x in self._staging.inputs]
+        views = [reader.view(tensors[reader.tensor]) for reader in self._readers]
+        slots: list[int] = []
+        for reader, view in zip(self._readers, views, strict=True):
+            slots += reader.slots(view, sizes.H)
         self._kernel.launch(
             [
                 *self._operands,
                 pointer(initial_state),
                 o.data_ptr(),
                 pointer(final_state),
+                bound.exact_state,
                 pointer(offsets),
                 sizes.B,
                 sizes.H,
                 sizes.N,
                 sizes.B if offsets is None else len(offsets) - 1,
                 torch.get_num_threads(),
-                *(
-                    slot
-                    for x, view in zip(self._staging.inputs, views, strict=True)
-                    for slot in _slots(x, view, sizes.H)
-                ),
-                *(_number(bound.scalars[name]) for name, _ in self._staging.scalars),
+                *slots,
+                *[_number(bound.scalars[name]) for name, _ in self._staging.scalars],
             ]
         )
 
@@ -70,34 +72,50 @@ def compile_staged(plan: CorePlan, templates: Sequence[Path], folder: Path) -> S
     return StagedCppCore(plan, kernel_of(plan.name, plan.target, fields, source, folder))
 
 
-def _readable(tensor: Tensor, x: Input) -> Tensor:
-    """The part of a tensor that an input is, contiguous along its channels if it has any."""
-    tensor = tensor.resolve_neg()
-    for axis in reversed(range(len(x.places))):
-        place = x.places[axis]
-        if isinstance(place, int):
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """How an input is read from its tensor.
+
+    selected  axes of the tensor, last ones first, and the one place along each that is read
+    channel   the axis of channels of what is left, likewise those of batch, heads and tokens; None where there is none
+    """
+
+    tensor: str
+    selected: tuple[tuple[int, int], ...]
+    channel: int | None
+    batch: int | None
+    head: int | None
+    token: int | None
+
+    @staticmethod
+    def of(x: Input) -> _Reader:
+        selected = tuple((axis, place) for axis, place in enumerate(x.places) if isinstance(place, int))
+        left = {place: axis for axis, place in enumerate(p for p in x.places if isinstance(p, str))}
+        channel = left[x.axes[0].channel] if x.axes else None
+        head = left.get("hkv", left.get("h"))
+        return _Reader(x.tensor, selected[::-1], channel, left.get("b"), head, left.get("t"))
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The part of the tensor that is read, contiguous along its channels if it has any."""
+        if tensor.is_neg():
+            tensor = tensor.resolve_neg()
+        for axis, place in self.selected:
             tensor = tensor.select(axis, place)
-    if not x.axes:
-        return tensor
-    axis = _coordinates(x).index(x.axes[0].channel)
-    return tensor if tensor.stride(axis) == 1 or tensor.shape[axis] == 1 else tensor.contiguous()
+        axis = self.channel
+        if axis is None or tensor.stride(axis) == 1 or tensor.shape[axis] == 1:
+            return tensor
+        return tensor.contiguous()
 
-
-def _slots(x: Input, view: Tensor, heads: int) -> Iterator[int]:
-    """Its pointer, how many heads share one of its own, and its strides along b, h and t."""
-    strides = dict(zip(_coordinates(x), view.stride(), strict=True))
-    sizes = dict(zip(_coordinates(x), view.shape, strict=True))
-    own = sizes.get("hkv", sizes.get("h", heads))
-    yield view.data_ptr()
-    yield heads // max(own, 1)
-    yield strides.get("b", 0)
-    yield strides.get("hkv", strides.get("h", 0))
-    yield strides.get("t", 0)
-
-
-def _coordinates(x: Input) -> list[str]:
-    """Those along the axes of the tensor that are no numbers."""
-    return [place for place in x.places if isinstance(place, str)]
+    def slots(self, view: Tensor, heads: int) -> tuple[int, int, int, int, int]:
+        """Its pointer, how many heads share one of its own, and its strides along batch, heads and tokens."""
+        strides = view.stride()
+        return (
+            view.data_ptr(),
+            1 if self.head is None else heads // (view.shape[self.head] or 1),
+            0 if self.batch is None else strides[self.batch],
+            0 if self.head is None else strides[self.head],
+            0 if self.token is None else strides[self.token],
+        )
 
 
 def _number(value: Any) -> int | float:

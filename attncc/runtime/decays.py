@@ -45,7 +45,6 @@ class Decays:
         rows: dict[RowName, Tensor] = {"q": q, "k": k, "v": v}
         return any(_is_followed(x, rows, bound) for x in self.logged)
 
-    @torch.no_grad()
     def _has(self, x: Logged, rows: dict[RowName, Tensor], bound: Bound | BoundRecurrence, followed: bool) -> bool:
         # The gradient of `where` is 0 times that of what is not used, and so NaN where that is infinite.
         expr = x.value if followed else x.used
@@ -53,8 +52,9 @@ class Decays:
         if value is None:
             names = _tensors_of(expr)
             read: set[RowName] = {name for name in _ROWS if name in names}
-            evaluator = evaluator_of(self.recurrence, rows, bound.inputs, bound.q_offset, read)
-            value = evaluator.vector(expr, _width(expr, evaluator), evaluator.env.floating)
+            with torch.no_grad():
+                evaluator = evaluator_of(self.recurrence, rows, bound.inputs, bound.q_offset, read)
+                value = evaluator.vector(expr, _width(expr, evaluator), evaluator.env.floating)
         fits = value > 0 if followed or x.base else value >= 0
         return bool(fits.all()) if isinstance(fits, Tensor) else fits
 

@@ -94,7 +94,7 @@ class RecurrentAttention:
         q, k, v = cast_by_autocast(q, k, v)
         bound = self._bound(q, k, v, extra, initial_state, cu_seqlens, q_offset, inputs)
         _refuse_tracing(q, k, v, bound)
-        o, state = self._run(q, k, v, bound)
+        o, state = self._run(q, k, v, bound._replace(exact_state=return_state))
         return (o, state) if return_state else o
 
     @outside_dynamo
@@ -107,15 +107,16 @@ class RecurrentAttention:
         CallError for arguments that do not fit, and for a state that cannot be written to.
         """
         q, k, v = cast_by_autocast(q, k, v)
-        if reasons := list(refusals.kind_reasons({"state": state}, {"state": "(B, H, D, E)"})):
-            raise CallError(*reasons)
+        if not _is_state(state):
+            raise CallError(*refusals.kind_reasons({"state": state}, {"state": "(B, H, D, E)"}))
         bound = self._bound(q, k, v, extra, state, None, q_offset, inputs)
         _refuse_tracing(q, k, v, bound)
         reason = _not_in_place(self.attention, state, q)
         if reason:
             raise CallError(WrongState(None, reason))
-        kernels = self.kernels if self._have_logarithms(q, k, v, bound) else self._token_by_token
-        return kernels.step(q, k, v, bound, state)
+        with torch.no_grad():
+            kernels = self.kernels if self._have_logarithms(q, k, v, bound) else self._token_by_token
+            return kernels.step(q, k, v, bound, state)
 
     def reference(
         self,
@@ -216,6 +217,10 @@ def _refuse_tracing(q: Tensor, k: Tensor, v: Tensor, bound: BoundRecurrence) -> 
     that look on. torch.compile breaks its graph here, and runs what follows as it is."""
     if not is_dynamo_compiling() and not lies_in_memory(q, k, v, bound):
         raise CallError(RecurrenceNotTraced(None))
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Tensor) and refusals.is_dense(value) and value.dim() == 4
 
 
 def _not_in_place(recurrence: Recurrence, state: Tensor, q: Tensor) -> str:

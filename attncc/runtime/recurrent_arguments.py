@@ -12,7 +12,15 @@ from torch import Tensor
 from attncc.diagnostics import CallError, Diagnostic
 from attncc.ir.recurrence import Recurrence
 from attncc.runtime import refusals
-from attncc.runtime.arguments import MAX_LENGTH, OPERAND_DTYPES, Signature, Sizes, python_number, size_function
+from attncc.runtime.arguments import (
+    MAX_LENGTH,
+    OPERAND_DTYPES,
+    Mismatch,
+    Signature,
+    Sizes,
+    python_number,
+    size_function,
+)
 from attncc.runtime.errors import EmptyWidth, TooLong, WrongSize
 from attncc.runtime.recurrent_errors import NoPacking, PackedBatch, RecurrentHeads, WrongOffsets
 
@@ -21,7 +29,8 @@ _OPERAND_SHAPES = {"q": "(B, heads, N, D)", "k": "(B, heads, N, D)", "v": "(B, h
 
 class BoundRecurrence(NamedTuple):
     """Arguments that fit. tensors and scalars: the inputs of the specification by name. offsets: where each packed
-    sequence begins, and the end of the last, int64 on the device of q; None where nothing is packed."""
+    sequence begins, and the end of the last, int64 on the device of q; None where nothing is packed. exact_state: the
+    last state keeps what rounding takes from products of bf16; nobody will see it otherwise."""
 
     sizes: Sizes
     q_offset: int
@@ -29,6 +38,7 @@ class BoundRecurrence(NamedTuple):
     scalars: dict[str, bool | int | float]
     initial_state: Tensor | None
     offsets: Tensor | None
+    exact_state: bool = True
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -45,18 +55,83 @@ def bind_recurrence(
     inputs: Mapping[str, Any],
 ) -> BoundRecurrence:
     """The arguments in the form in which kernels take them. Raises CallError with every reason why they do not fit."""
-    reasons = list(_reasons(signature, operands, initial_state, cu_seqlens, q_offset, inputs))
-    if reasons:
-        raise CallError(*reasons)
-    device, sizes = operands["q"].device, sizes_of(operands)
-    return BoundRecurrence(
-        sizes,
-        int(q_offset),
-        {p.name: signature.tensor(p, inputs[p.name], sizes, device) for p in signature.tensors},
-        {p.name: signature.scalar(p, inputs.get(p.name, p.default)) for p in signature.scalars},
-        initial_state,
-        None if cu_seqlens is None else cu_seqlens.to(device=device, dtype=torch.int64),
-    )
+    arguments = signature, operands, initial_state, cu_seqlens, q_offset, inputs
+    try:
+        return _bound(*arguments)
+    except (Mismatch, AttributeError, TypeError, ValueError, KeyError, OverflowError, RuntimeError):
+        reasons = list(_reasons(*arguments))
+        if not reasons:
+            raise
+        raise CallError(*reasons) from None
+
+
+def _bound(
+    signature: Signature,
+    operands: Mapping[str, Any],
+    initial_state: Any,
+    cu_seqlens: Any,
+    q_offset: Any,
+    inputs: Mapping[str, Any],
+) -> BoundRecurrence:
+    """As `bind_recurrence`, with no more comparisons than it takes: of a step of a small state they are most of the
+    time. Raises `Mismatch`, or what Python and PyTorch say of such arguments, where they do not fit."""
+    recurrence = signature.attention
+    assert isinstance(recurrence, Recurrence)
+    sizes = _agreed_sizes(operands["q"], operands["k"], operands["v"], recurrence.bidirectional)
+    device, offset = operands["q"].device, python_number(q_offset)
+    if type(offset) is not int or not -MAX_LENGTH <= offset <= MAX_LENGTH:
+        raise Mismatch
+    offsets = None
+    if cu_seqlens is not None:
+        if any(
+            True for _ in _packing_reasons(cu_seqlens, sizes, recurrence.name, bidirectional=recurrence.bidirectional)
+        ):
+            raise Mismatch
+        offsets = cu_seqlens.to(device=device, dtype=torch.int64)
+    if initial_state is not None:
+        sequences = sizes.B if offsets is None else len(offsets) - 1
+        if (
+            initial_state.shape != state_shape(recurrence, sizes, sequences)
+            or initial_state.dtype not in OPERAND_DTYPES
+            or initial_state.device != device
+            or initial_state.layout is not torch.strided
+        ):
+            raise Mismatch
+    tensors = {p.name: signature.tensor(p, inputs[p.name], sizes, device) for p in signature.tensors}
+    scalars = {p.name: signature.scalar(p, inputs.get(p.name, p.default)) for p in signature.scalars}
+    if len(inputs) > len(tensors) + sum(p.name in inputs for p in signature.scalars):
+        raise Mismatch
+    return BoundRecurrence(sizes, offset, tensors, scalars, initial_state, offsets)
+
+
+def _agreed_sizes(q: Tensor, k: Tensor, v: Tensor, bidirectional: bool) -> Sizes:
+    """Those of `sizes_of`. Raises `Mismatch` or `ValueError` where the operands do not agree on them."""
+    batch, heads_q, rows, width = q.shape
+    batch_k, heads_k, keys, width_k = k.shape
+    batch_v, heads_v, keys_v, width_v = v.shape
+    heads, dtype, device = max(heads_q, heads_k, heads_v), q.dtype, q.device
+    if (
+        batch_k != batch
+        or batch_v != batch
+        or keys_v != keys
+        or (keys != rows and not bidirectional)
+        or width_k != width
+        or (heads and (not (heads_q and heads_k and heads_v) or heads % heads_q or heads % heads_k or heads % heads_v))
+        or k.dtype is not dtype
+        or v.dtype is not dtype
+        or dtype not in OPERAND_DTYPES
+        or k.device != device
+        or v.device != device
+        or q.layout is not torch.strided
+        or k.layout is not torch.strided
+        or v.layout is not torch.strided
+        or rows > MAX_LENGTH
+        or keys > MAX_LENGTH
+        or width == 0
+        or width_v == 0
+    ):
+        raise Mismatch
+    return Sizes(batch, heads, heads_k, rows, keys, width, width_v)
 
 
 def sizes_of(operands: Mapping[str, Tensor]) -> Sizes:

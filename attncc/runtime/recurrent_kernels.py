@@ -49,7 +49,7 @@ class RecurrentKernels:
         state = kernel_state(bound.initial_state, q)
         staged = None if _is_followed(q, k, v, bound, state) else self._staged(q, v, bound)
         if staged is not None:
-            o, last = self._results(q, bound)
+            o, last = _empty_output(q, bound), _empty_state(q, bound)
             staged.run({"q": q, "k": k, "v": v}, bound, state, o, last)
             return o, last
         prepared = prepare(self.recurrence, self.form, q, k, v, bound.inputs, bound.q_offset)
@@ -62,18 +62,17 @@ class RecurrentKernels:
         return prepared.finished(output), last
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, bound: BoundRecurrence, state: Tensor) -> Tensor:
-        """o of some more tokens; `state` becomes what they leave."""
-        with torch.no_grad():
-            staged = self._staged(q, v, bound)
-            if staged is not None:
-                o, _ = self._results(q, bound)
-                staged.run({"q": q, "k": k, "v": v}, bound, state, o, state)
-                return o
-            prepared = prepare(self.recurrence, self.form, q, k, v, bound.inputs, bound.q_offset)
-            operands, width = prepared.operands, prepared.value_width
-            output = q.new_empty((*operands.query.shape[:3], width))
-            self._core(operands, width).forward(operands, state, bound.offsets, output, state)
-            return prepared.finished(output)
+        """o of some more tokens; `state` becomes what they leave. Not for autograd to see."""
+        staged = self._staged(q, v, bound)
+        if staged is not None:
+            o = _empty_output(q, bound)
+            staged.run({"q": q, "k": k, "v": v}, bound, state, o, state)
+            return o
+        prepared = prepare(self.recurrence, self.form, q, k, v, bound.inputs, bound.q_offset)
+        operands, width = prepared.operands, prepared.value_width
+        output = q.new_empty((*operands.query.shape[:3], width))
+        self._core(operands, width).forward(operands, state, bound.offsets, output, state)
+        return prepared.finished(output)
 
     def sources(
         self, specialization: Specialization, target: Target, *, backward: bool = False
@@ -107,22 +106,13 @@ class RecurrentKernels:
             last = last + key.to(wide).mT @ value.to(wide)
         return (operands.query.to(wide) @ last).to(operands.query.dtype), last
 
-    @staticmethod
-    def _results(q: Tensor, bound: BoundRecurrence) -> tuple[Tensor, Tensor]:
-        """Memory for o and the last state, where neither has a column of weights."""
-        sizes = bound.sizes
-        sequences = sizes.B if bound.offsets is None else len(bound.offsets) - 1
-        wide = torch.promote_types(q.dtype, torch.float32)
-        last = q.new_empty((sequences, sizes.H, sizes.D, sizes.E), dtype=wide)
-        return q.new_empty((sizes.B, sizes.H, sizes.N, sizes.E)), last
-
     def _staged(self, q: Tensor, v: Tensor, bound: BoundRecurrence) -> StagedCppCore | None:
         """A core that makes its operands itself; None where there is none, and PyTorch has to make them."""
-        dtypes = tuple((name, DTYPES[x.dtype]) for name, x in bound.tensors.items())
-        key = ("staged", q.dtype, q.shape[3], v.shape[3], q.device, *dtypes)
+        key = (q.dtype, q.shape[3], v.shape[3], q.device, *[x.dtype for x in bound.tensors.values()])
         if key not in self.staged:
             with self._lock:
                 if key not in self.staged:
+                    dtypes = tuple((name, DTYPES[x.dtype]) for name, x in bound.tensors.items())
                     self.staged[key] = self._compile_staged(q, v, dtypes)
         return self.staged[key]
 
@@ -170,6 +160,19 @@ class RecurrentKernels:
         else:
             from attncc.runtime.triton_recurrent import compile_core
         return cache.in_folder(partial(compile_core, plan, self.templates))
+
+
+def _empty_output(q: Tensor, bound: BoundRecurrence) -> Tensor:
+    """Memory for o, where it has no column of weights."""
+    sizes = bound.sizes
+    return q.new_empty((sizes.B, sizes.H, sizes.N, sizes.E))
+
+
+def _empty_state(q: Tensor, bound: BoundRecurrence) -> Tensor:
+    """Memory for the last state, likewise."""
+    sizes = bound.sizes
+    sequences = sizes.B if bound.offsets is None else len(bound.offsets) - 1
+    return q.new_empty((sequences, sizes.H, sizes.D, sizes.E), dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def _is_followed(q: Tensor, k: Tensor, v: Tensor, bound: BoundRecurrence, state: Tensor | None) -> bool:

@@ -53,11 +53,10 @@ class SequentialKernels:
         return self._finished(o, q), last
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, bound: BoundRecurrence, state: Tensor) -> Tensor:
-        """o of some more tokens; `state` becomes what they leave."""
-        with torch.no_grad():
-            o, last = self.run(q, k, v, bound._replace(initial_state=state))
-            state.copy_(last)
-            return o
+        """o of some more tokens; `state` becomes what they leave. Not for autograd to see."""
+        o, last = self.run(q, k, v, bound._replace(initial_state=state))
+        state.copy_(last)
+        return o
 
     def plan(self, part: Part, q: Tensor, widths: tuple[int, int]) -> SequentialPlan:
         """The plan of a call; widths: those of q and v."""
