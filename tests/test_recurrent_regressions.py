@@ -167,6 +167,17 @@ def test_zero_to_the_power_of_zero_keeps_the_state() -> None:
     compare(attn, *rows(5), x=torch.tensor([0.0, 2.0]), n=0)
 
 
+@pytest.mark.parametrize("width", [16, 24])
+def test_keys_of_what_is_erased_beside_keys_of_what_is_written(width: int) -> None:
+    text = "attention a(g: float[B, H, N], x: float[B, H, N, D], y: float[B, H, N, D]):\n    recurrence:\n"
+    text += "        S *= exp(g[b, h, t])\n        S -= outer(y[b, h, t, :], x[b, h, t, :] @ S)\n"
+    q, k, v = rows(40, width=width)
+    torch.manual_seed(1)
+    x, y, g = torch.randn_like(q) / 10, torch.randn_like(q), -torch.rand(q.shape[:3])
+    attn = attncc.build(text + "        S += outer(k, v)\n        out = q @ S\n")
+    compare(attn, q / 4, k / 4, v, g=g, x=x, y=y)
+
+
 def test_a_step_without_a_state_is_refused() -> None:
     attn: Any = attncc.build(LINEAR)
     with pytest.raises(attncc.CallError, match="`state` must be"):
