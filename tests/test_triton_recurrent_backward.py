@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from triton_recurrent_support import CASES, calls, check_backward, compiled, draw, draw_state, plan_of
 
+from attncc.emit.recurrent_triton import layout_of
 from attncc.ir.types import DType
 from attncc.runtime.recurrent_core import run_core
 from attncc.runtime.recurrent_operands import Operands
@@ -63,6 +64,13 @@ def test_packed_sequences() -> None:
 def test_types(dtype: DType) -> None:
     plan = plan_of("delta", "key", dtype=dtype, widths=(16, 16))
     check_backward(plan, draw(plan, 40, heads=1, decay=0.3), draw_state(plan, 1, 1))
+
+
+def test_key_channels_that_programs_divide() -> None:
+    """The last program has fewer channels than the others."""
+    plan = plan_of("erase and write", "key", before=True, widths=(70, 20))
+    assert layout_of(plan).gradient_keys == 32
+    check_backward(plan, draw(plan, 20, heads=1), draw_state(plan, 1, 1))
 
 
 def test_autograd() -> None:

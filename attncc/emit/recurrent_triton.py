@@ -18,6 +18,8 @@ from attncc.plan.triton_tiles import power_of_two
 _LEAST = 16
 # Types whose products no tensor core takes.
 _EXACT = (DType.F32, DType.F64)
+# Key channels up to which shared memory holds what two steps of a loop over chunks load; all others fit.
+_STAGED = {("gfx942", "states"): 128, ("gfx942", "reverse"): 64, ("sm_90", "reverse"): 128, ("sm_100", "reverse"): 128}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,7 @@ class CoreLayout:
     key_padded    key channels, up to a power of two; value_padded: of values; decay_padded: of log_decay
     decay_width   numbers of log_decay for each token; 0 where there is none
     value_tile    value channels of a program of `states` and `reverse`; output_tile: of `outputs`; step_tile: of `step`
+    gradient_keys key channels of a program of `read_gradients` and `update_gradients`
     gradient_tile, key_tile: value channels, and key channels, of a step of loops over all of them in a backward pass
     """
 
@@ -43,6 +46,7 @@ class CoreLayout:
     value_tile: int
     output_tile: int
     step_tile: int
+    gradient_keys: int
     gradient_tile: int
     key_tile: int
 
@@ -61,9 +65,14 @@ class CoreLayout:
         return self.chunk // self.block
 
     @property
+    def halves(self) -> int:
+        """In how many parts the inverse of a chunk is taken: of more than 32 rows, products fill the registers."""
+        return 2 if self.rows > 32 else 1
+
+    @property
     def levels(self) -> int:
-        """How often a block of one row doubles until it is a chunk."""
-        return self.rows.bit_length() - 1
+        """How often a block of one row doubles until it is such a part."""
+        return (self.rows // self.halves).bit_length() - 1
 
 
 def layout_of(plan: CorePlan) -> CoreLayout:
@@ -80,7 +89,8 @@ def layout_of(plan: CorePlan) -> CoreLayout:
         decay_padded=1 if decay_width <= 1 else _padded(decay_width),
         value_tile=min(value_padded, _value_tile(plan)),
         output_tile=value_padded if plan.side == "value" else min(value_padded, 16 if plan.dtype in _EXACT else 64),
-        step_tile=min(value_padded, 32),
+        step_tile=min(value_padded, 32 if _padded(plan.key_width) <= 128 else 16),
+        gradient_keys=min(_padded(plan.key_width), _gradient_keys(plan)),
         gradient_tile=min(value_padded, 16 if plan.dtype in _EXACT else 64),
         key_tile=min(_padded(plan.key_width), 64),
     )
@@ -170,21 +180,43 @@ def _rows_of_chunk(plan: CorePlan) -> int:
 
 
 def _value_tile(plan: CorePlan) -> int:
+    keys = _padded(plan.key_width)
     if plan.dtype in _EXACT:
-        return 16
-    return 32 if _padded(plan.key_width) > 64 else 64
+        # Without tensor cores a thread holds whole rows of keys and whole columns of the state.
+        return 8 if keys > 64 and len(plan.updates) > 1 else 16
+    return max(min(4096 // keys, 32 if _is_crowded(plan) else 64), _LEAST)
+
+
+def _gradient_keys(plan: CorePlan) -> int:
+    """Where key channels decay each at its own rate, so do their gradients, and programs can divide them. Else they ask
+    for sums over all channels."""
+    if plan.side != "key":
+        return _padded(plan.key_width)
+    return max((64 if plan.dtype in _EXACT else 128) // power_of_two(len(plan.updates)), _LEAST)
+
+
+def _is_crowded(plan: CorePlan) -> bool:
+    """Whether inverses leave too few registers: on sm_80, all factors of products come from there."""
+    return plan.target.arch == "sm_80" and plan.erasing
 
 
 def launch_of(plan: CorePlan, function: str) -> tuple[int, int, int | None]:
-    """Warps, stages and registers of a function. None then spills on sm_90 up to D = E = 128, compiled ahead of time,
-    but for f32 with two updates a token: products without tensor cores have too few registers there."""
+    """Warps, stages and registers of a function. None then spills up to D = E = 128, compiled ahead of time."""
     registers = 255 if plan.target.arch.startswith("sm_") else None
     if plan.dtype in _EXACT:
         return 8, 1, registers
-    if function in {"read_gradients", "update_gradients"} and _padded(plan.key_width) * len(plan.updates) > 128:
-        return 8, 1, registers
+    layout = layout_of(plan)
+    wide = {
+        "pairs": layout.key_padded * layout.slots > 128,
+        "reverse": layout.key_padded > (64 if _is_crowded(plan) else 128),
+        "read_gradients": layout.gradient_keys * layout.slots > 128,
+        "update_gradients": layout.gradient_keys * layout.slots > 128,
+        "decay_gradients": layout.key_padded > 128,
+    }.get(function, False)
     # In more stages, products of a step would wait for what the step before has accumulated.
-    return 4, 1 if function == "pair_gradients" else 2, registers
+    waits = function == "pair_gradients" or (wide and function.endswith("_gradients"))
+    staged = layout.key_padded <= _STAGED.get((plan.target.arch, function), layout.key_padded)
+    return 8 if wide else 4, 2 if staged and not waits else 1, registers
 
 
 def render_core(plan: CorePlan, templates: Sequence[Path]) -> str:

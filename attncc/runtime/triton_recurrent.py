@@ -121,11 +121,12 @@ class TritonCore:
         chunks, by_value = self._chunks(call), self.plan.side == "value"
         sequences = call.batch * call.heads * call.schedule.sequences
         blocks = chunks * self.layout.blocks
+        tiles = blocks * (self.layout.key_padded // self.layout.gradient_keys)
         return {
             "pair_gradients": blocks if by_value else chunks,
             "reverse": sequences * (self.layout.value_padded // self.layout.value_tile),
-            "read_gradients": blocks,
-            "update_gradients": blocks,
+            "read_gradients": tiles,
+            "update_gradients": tiles,
             "value_gradients": blocks,
             "decay_gradients": chunks,
         }
