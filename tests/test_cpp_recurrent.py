@@ -225,6 +225,19 @@ def test_threads_change_nothing(updates: str, side: str, tokens: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
 
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_heads_that_a_thread_takes_in_groups(tokens: int) -> None:
+    plan = plan_of("delta", "scalar", widths=(8, 8))
+    operands, state = draw(plan, tokens, batch=7, heads=23), draw_state(plan, 7, 23)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            check(plan, operands, state)
+    finally:
+        torch.set_num_threads(before)
+
+
 @ARCHS
 @pytest.mark.parametrize("dtype", [DType.F32, pytest.param(DType.BF16, marks=SLOW)], ids=str)
 @pytest.mark.parametrize("at_end", [True, False])
