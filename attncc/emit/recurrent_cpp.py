@@ -92,6 +92,7 @@ def core_fields(plan: CorePlan) -> tuple[Field, ...]:
         ),
         Field(f"{ELEMENT_TYPES[plan.dtype]}* o;", "(B, H, N, E)", (("o", "Q"),)),
         Field(f"{real}* final_state;", "as initial_state, which it may be; or null", (("final_state", "Q"),)),
+        Field("int64 exact_state;", "whether it keeps what rounding takes from products", (("exact_state", "q"),)),
         *size_fields(),
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from attncc.emit.cpp_expressions import Expressions, called_functions
 from attncc.emit.cpp_machine import ELEMENT_TYPES, Field, Format, Reals, mangle
@@ -41,11 +42,13 @@ class StagedOperand:
 def staged_operands(plan: CorePlan) -> list[StagedOperand]:
     """The operands of a plan that makes them, and their factors."""
     assert plan.staging is not None
-    return [
-        StagedOperand(step.name, _element(plan, step.name), step.axes, _source(plan, step))
-        for step in plan.staging.steps
-        if not step.name.startswith("z")
-    ]
+    found: list[StagedOperand] = []
+    for step in plan.staging.steps:
+        if not step.name.startswith("z"):
+            source = _source(plan, step)
+            element = _element(plan, step.name) if source is None else ELEMENT_TYPES[source.dtype]
+            found.append(StagedOperand(step.name, element, step.axes, source))
+    return found
 
 
 def staging_fields(plan: CorePlan) -> tuple[Field, ...]:
@@ -93,6 +96,7 @@ class StagingText:
         self._cpp = _Expressions(machine, {})
         values = (*plan.staging.inputs, *plan.staging.steps)
         self._cpp.variables = {x.name: _variable(x) for x in values}
+        self._varying = _varying(plan.staging)
 
     def filters(self) -> Mapping[str, Callable[..., object]]:
         return {
@@ -106,10 +110,11 @@ class StagingText:
             "staging_steps": self._steps,
         }
 
-    def _steps(self, plan: CorePlan) -> list[Step]:
-        """The steps, but for operands that are read where they lie."""
+    def _steps(self, plan: CorePlan, which: Literal["constant", "varying", "all"] = "all") -> list[Step]:
+        """The steps, but for operands that are read where they lie. constant: over the tokens."""
         in_place = {operand.name for operand in staged_operands(plan) if operand.source is not None}
-        return [step for step in self._staging.steps if step.name not in in_place]
+        steps = [step for step in self._staging.steps if step.name not in in_place]
+        return [step for step in steps if which == "all" or (step.name in self._varying) == (which == "varying")]
 
     def _reads(self, plan: CorePlan) -> list[Input]:
         """The inputs that steps read."""
@@ -123,6 +128,15 @@ class StagingText:
         return called_functions(step.value for step in self._staging.steps)
 
 
+def _varying(staging: Staging) -> set[str]:
+    """What differs between the tokens of a head."""
+    varying = {x.name for x in staging.inputs if x.varies}
+    for step in staging.steps:
+        if any(isinstance(node, Variable) and node.name in varying for node in walk(step.value)):
+            varying.add(step.name)
+    return varying
+
+
 def _variable(value: Input | Step) -> Printed:
     kind = value.dtype.kind if isinstance(value, Input) else value.kind
     return Printed(f"{value.name}[i]" if value.axes else value.name, kind, bool(value.axes), wide=kind is Kind.INT)
@@ -134,13 +148,17 @@ def _element(plan: CorePlan, operand: str) -> str:
 
 
 def _source(plan: CorePlan, step: Step) -> Input | None:
-    """The input that an operand is, in its type: such an operand is read where it lies."""
+    """The input that an operand is, in its type: such an operand is read where it lies. Gates and bonuses that steps
+    make are not rounded; those that are inputs may as well be of the type of the rows."""
     assert plan.staging is not None
-    if step.name in ("gate", "bonus") or step.name.endswith(FACTOR):
+    if step.name.endswith(FACTOR):
         return None
     inputs = {x.name: x for x in plan.staging.inputs}
+    types = {_element(plan, step.name)}
+    if step.name in ("gate", "bonus"):
+        types.add(ELEMENT_TYPES[plan.dtype])
     match step.value:
-        case Variable(name=name) if name in inputs and ELEMENT_TYPES[inputs[name].dtype] == _element(plan, step.name):
+        case Variable(name=name) if name in inputs and ELEMENT_TYPES[inputs[name].dtype] in types:
             return inputs[name] if inputs[name].axes == step.axes else None
         case _:
             return None

@@ -19,7 +19,7 @@ from attncc.plan.sequential import Step
 
 FACTOR = "_factor"
 
-_SCALED = ("query", "key", "erase", "value")
+_SCALED = ("query", "key", "erase", "value", "gate", "bonus")
 
 
 def take_factors_out(steps: Sequence[Step], inputs: Collection[str], in_place: Collection[str]) -> tuple[Step, ...]:

@@ -43,12 +43,17 @@ class Input:
     axes: tuple[Axis, ...]
     places: tuple[str | int, ...]
 
+    @property
+    def varies(self) -> bool:
+        """Whether tokens have their own."""
+        return "t" in self.places
+
 
 @dataclass(frozen=True, slots=True)
 class Staging:
     """What a core reads and how it makes its operands. A step of the name of an operand (`query`, `key_0`, `value_0`,
-    `erase_0`, `log_decay`, `gate`, `bonus`) is that operand; but for the last three, `query_factor` is what the core
-    multiplies each of its channels by. scalars: run-time scalars that steps read."""
+    `erase_0`, `log_decay`, `gate`, `bonus`) is that operand; `query_factor` is what the core multiplies each of its
+    channels by, and so on. scalars: run-time scalars that steps read."""
 
     inputs: tuple[Input, ...]
     scalars: tuple[tuple[str, Kind], ...]

@@ -45,6 +45,7 @@ class CppCore:
                 pointer(initial_state),
                 o.data_ptr(),
                 pointer(final_state),
+                True,  # exact_state
                 *size_slots(rows, offsets),
             ]
         )
