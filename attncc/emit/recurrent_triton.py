@@ -201,7 +201,8 @@ def _is_crowded(plan: CorePlan) -> bool:
 
 
 def launch_of(plan: CorePlan, function: str) -> tuple[int, int, int | None]:
-    """Warps, stages and registers of a function. None then spills up to D = E = 128, compiled ahead of time."""
+    """Warps, stages and registers of a function. Compiled ahead of time up to D = E = 128, none then spills, but for
+    three updates a token, decays of value channels in f32, and on gfx942 decays of tokens with two updates."""
     registers = 255 if plan.target.arch.startswith("sm_") else None
     if plan.dtype in _EXACT:
         return 8, 1, registers
