@@ -182,3 +182,13 @@ def test_a_step_without_a_state_is_refused() -> None:
     attn: Any = attncc.build(LINEAR)
     with pytest.raises(attncc.CallError, match="`state` must be"):
         attn.step(*rows(1), state=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_between_vectors_in_memory(dtype: torch.dtype) -> None:
+    """Values that are read where the caller has them were taken to begin where a vector may; that ended the process."""
+    q, k, v = (x.to(dtype) for x in rows(40, width=16))
+    between = torch.empty(v.numel() + 1, dtype=dtype)[1:].view(v.shape).copy_(v)
+    with torch.no_grad():
+        attn: Any = attncc.build(LINEAR)
+        assert torch.equal(attn(q, k, between), attn(q, k, v))
