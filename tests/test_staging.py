@@ -40,8 +40,9 @@ attention everything(
 """
 
 
-def staging_of(name: str):
-    recurrence = check(EXAMPLES / f"{name}.attn")
+def staging_of(spec: str):
+    """Of an example by its name, or of a specification."""
+    recurrence = check(EXAMPLES / f"{spec}.attn" if spec.isidentifier() else spec)
     assert isinstance(recurrence, Recurrence)
     form = normal_form(recurrence)
     assert isinstance(form, NormalForm)
@@ -49,20 +50,26 @@ def staging_of(name: str):
     return plan_staging(recurrence, update_form(form), dtypes, 64, 64)
 
 
-@pytest.mark.parametrize("name", ["linear", "lightning", "mamba2", "hgrn2", "rwkv6", "rwkv7", "gated_delta_product"])
-def test_what_is_staged(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.attn")))
+def test_every_example_is_staged(name: str) -> None:
     staging = staging_of(name)
     names = [step.name for step in staging.steps]
     assert len(set(names)) == len(names)
     assert {"query", "key_0"} <= set(names)
 
 
-@pytest.mark.parametrize(
-    ("name", "why"), [("linear_attention", "divided by a sum"), ("hedgehog", "divided by a sum")], ids=str
-)
-def test_what_is_not_staged_says_why(name: str, why: str) -> None:
+NOT_STAGED = {
+    "outputs are read after all tokens": "attention a():\n    feature = relu(x)\n    normalize = sum",
+    "a matrix of each token": "attention a(W: float[N, D, D]):\n    feature = x @ W[t]\n    mask = causal",
+    "ints or bools of channels": "attention a(on: bool[D]):\n    feature = where(on, x, 0)\n    mask = causal",
+    "place that is computed": "attention a(g: float[N]):\n    feature = x * g[t // 2]\n    mask = causal",
+}
+
+
+@pytest.mark.parametrize("why", NOT_STAGED)
+def test_what_is_not_staged_says_why(why: str) -> None:
     with pytest.raises(NotStaged, match=why):
-        staging_of(name)
+        staging_of(NOT_STAGED[why])
 
 
 def test_shared_values_are_computed_once() -> None:

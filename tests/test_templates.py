@@ -31,8 +31,8 @@ from attncc.emit import (
 from attncc.emit.printers import printer_of
 from attncc.ir import blocks as block_nodes
 from attncc.ir.types import DType
+from attncc.plan import features, recurrent, sequential, staged_inputs, staging
 from attncc.plan import nodes as plan_nodes
-from attncc.plan import recurrent, sequential, staging
 from attncc.plan.nodes import Specialization, Target
 from attncc.runtime.cpp_toolchain import native_arch
 from attncc.runtime.targets import parse
@@ -463,7 +463,7 @@ def _fields(kind: Any) -> set[str]:
 
 PLAN_TYPES = {
     kind.__name__: kind
-    for module in (plan_nodes, block_nodes, recurrent, sequential, staging, standalone)
+    for module in (plan_nodes, block_nodes, recurrent, sequential, staged_inputs, features, staging, standalone)
     for name, kind in vars(module).items()
     if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__ and not name.startswith("_")  # type: ignore[attr-defined]
 }

@@ -181,7 +181,7 @@ def render_core(plan: CorePlan, templates: Sequence[Path] = ()) -> str:
 
 def _elements(plan: CorePlan) -> list[str]:
     """The C++ types of all elements that a kernel reads or writes."""
-    inputs = () if plan.staging is None else plan.staging.inputs
+    inputs = () if plan.staging is None else plan.staging.passed
     return list(
         dict.fromkeys(ELEMENT_TYPES[dtype] for dtype in (plan.dtype, plan.state_dtype, *(x.dtype for x in inputs)))
     )

@@ -13,13 +13,15 @@ from typing import Literal
 from attncc.emit.cpp_expressions import Expressions, called_functions
 from attncc.emit.cpp_machine import ELEMENT_TYPES, Field, Format, Reals, mangle
 from attncc.emit.cpp_text import Printed
+from attncc.emit.features_cpp import feature_variables, phases_of, rows_read
 from attncc.ir.nodes import Expr, Parameter, Variable
 from attncc.ir.rewrite import walk
 from attncc.ir.types import Kind
 from attncc.plan.factors import FACTOR
 from attncc.plan.recurrent import CorePlan
 from attncc.plan.sequential import Axis, Step
-from attncc.plan.staging import Input, Staging
+from attncc.plan.staged_inputs import Input
+from attncc.plan.staging import Staging
 
 _SCALARS = {Kind.FLOAT: "real", Kind.INT: "int64", Kind.BOOL: "bool"}
 
@@ -57,7 +59,7 @@ def staging_fields(plan: CorePlan) -> tuple[Field, ...]:
     staging = plan.staging
     if staging is None:
         return ()
-    return (*map(_input, staging.inputs), *(_scalar(name, kind) for name, kind in staging.scalars))
+    return (*map(_input, staging.passed), *(_scalar(name, kind) for name, kind in staging.scalars))
 
 
 def _scalar(name: str, kind: Kind) -> Field:
@@ -96,6 +98,7 @@ class StagingText:
         self._cpp = _Expressions(machine, {})
         values = (*plan.staging.inputs, *plan.staging.steps)
         self._cpp.variables = {x.name: _variable(x) for x in values}
+        self._cpp.variables |= feature_variables(plan.staging.features)
         self._varying = _varying(plan.staging)
 
     def filters(self) -> Mapping[str, Callable[..., object]]:
@@ -108,6 +111,8 @@ class StagingText:
             "staging_type": lambda step: _SCALARS[step.kind],
             "staging_reads": self._reads,
             "staging_steps": self._steps,
+            "feature_phases": lambda plan: phases_of(plan.staging.features),
+            "feature_rows": lambda plan: rows_read(plan.staging.features),
         }
 
     def _steps(self, plan: CorePlan, which: Literal["constant", "varying", "all"] = "all") -> list[Step]:
@@ -125,7 +130,8 @@ class StagingText:
     def _functions(self, plan: CorePlan) -> list[str]:
         """The functions of the operator table that steps call, those that others use first."""
         del plan
-        return called_functions(step.value for step in self._staging.steps)
+        steps = (*self._staging.features.steps, *self._staging.steps)
+        return called_functions(step.value for step in steps if isinstance(step, Step))
 
 
 def _varying(staging: Staging) -> set[str]:

@@ -37,6 +37,7 @@ class CorePlan:
     side         log_decay has one number per token ("scalar"), or one per key or value channel ("key", "value");
                  there is none where it is "none"
     staging      how the kernel makes the operands itself; None where a call brings them
+    normalized   outputs have E - 1 channels: those before the last, divided by it, and 0 where that is 0
     """
 
     kernel: Literal["recurrent", "recurrent_backward"]
@@ -50,6 +51,7 @@ class CorePlan:
     erases_before: bool
     read: Literal["pre", "post"]
     staging: Staging | None = None
+    normalized: bool = False
 
     @property
     def finished(self) -> bool:

@@ -13,10 +13,11 @@ from torch import Tensor
 from attncc.emit.recurrent_cpp import core_fields, operand_fields, render_core
 from attncc.emit.staging_cpp import staging_fields
 from attncc.plan.recurrent import CorePlan
-from attncc.plan.staging import Input
+from attncc.plan.staged_inputs import Input
 from attncc.runtime.cpp import CppKernel, kernel_of
 from attncc.runtime.cpp_recurrent import pointer
 from attncc.runtime.recurrent_arguments import BoundRecurrence
+from attncc.runtime.tables import tables_of
 
 
 class StagedCppCore:
@@ -27,7 +28,7 @@ class StagedCppCore:
         self.plan = plan
         self._staging = plan.staging
         self._kernel = kernel
-        self._readers = tuple(map(_Reader.of, plan.staging.inputs))
+        self._readers = tuple(map(_Reader.of, plan.staging.passed))
         # The kernel sets operands itself.
         self._operands = (0,) * sum(len(field.slots) for field in operand_fields(plan, "", ""))
 
@@ -42,6 +43,8 @@ class StagedCppCore:
         """Writes o (B, H, N, E) and the last state, contiguous. rows: q, k and v as they came."""
         sizes, offsets = bound.sizes, bound.offsets
         tensors = {**bound.tensors, **rows}
+        if self._staging.tables:
+            tensors |= tables_of(self._staging.tables, bound, rows["q"])
         views = [reader.view(tensors[reader.tensor]) for reader in self._readers]
         slots: list[int] = []
         for reader, view in zip(self._readers, views, strict=True):
@@ -77,7 +80,8 @@ class _Reader:
     """How an input is read from its tensor.
 
     selected  axes of the tensor, last ones first, and the one place along each that is read
-    channel   the axis of channels of what is left, likewise those of batch, heads and tokens; None where there is none
+    channel   the axis of channels of what is left, likewise those of batch, heads and tokens, or the rows of a matrix;
+              None where there is none
     """
 
     tensor: str
@@ -85,7 +89,7 @@ class _Reader:
     channel: int | None
     batch: int | None
     head: int | None
-    token: int | None
+    row: int | None
 
     @staticmethod
     def of(x: Input) -> _Reader:
@@ -93,7 +97,7 @@ class _Reader:
         left = {place: axis for axis, place in enumerate(p for p in x.places if isinstance(p, str))}
         channel = left[x.axes[0].channel] if x.axes else None
         head = left.get("hkv", left.get("h"))
-        return _Reader(x.tensor, selected[::-1], channel, left.get("b"), head, left.get("t"))
+        return _Reader(x.tensor, selected[::-1], channel, left.get("b"), head, left.get(x.rows or "t"))
 
     def view(self, tensor: Tensor) -> Tensor:
         """The part of the tensor that is read, contiguous along its channels if it has any."""
@@ -104,17 +108,17 @@ class _Reader:
         axis = self.channel
         if axis is None or tensor.stride(axis) == 1 or tensor.shape[axis] == 1:
             return tensor
-        return tensor.contiguous()
+        return tensor.movedim(axis, -1).contiguous().movedim(-1, axis)
 
     def slots(self, view: Tensor, heads: int) -> tuple[int, int, int, int, int]:
-        """Its pointer, how many heads share one of its own, and its strides along batch, heads and tokens."""
+        """Its pointer, how many heads share one of its own, and its strides along batch, heads and rows."""
         strides = view.stride()
         return (
             view.data_ptr(),
             1 if self.head is None else heads // (view.shape[self.head] or 1),
             0 if self.batch is None else strides[self.batch],
             0 if self.head is None else strides[self.head],
-            0 if self.token is None else strides[self.token],
+            0 if self.row is None else strides[self.row],
         )
 
 

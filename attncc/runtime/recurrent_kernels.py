@@ -49,7 +49,7 @@ class RecurrentKernels:
         state = kernel_state(bound.initial_state, q)
         staged = None if _is_followed(q, k, v, bound, state) else self._staged(q, v, bound)
         if staged is not None:
-            o, last = _empty_output(q, bound), _empty_state(q, bound)
+            o, last = _empty_output(q, bound), _empty_state(self.recurrence, q, bound)
             staged.run({"q": q, "k": k, "v": v}, bound, state, o, last)
             return o, last
         prepared = prepare(self.recurrence, self.form, q, k, v, bound.inputs, bound.q_offset)
@@ -136,8 +136,10 @@ class RecurrentKernels:
             staging = plan_staging(self.recurrence, self.form, dtypes, *widths)
         except NotStaged:
             return None
-        core = plan_core(self.form, "recurrent", target, dtype, *widths)
-        return replace(core, name="recurrent_staged", staging=staging)
+        *_, key_width, value_width = state_shape(self.recurrence, Sizes(1, 1, 1, 1, 1, *widths), 1)
+        core = plan_core(self.form, "recurrent", target, dtype, key_width, value_width)
+        normalized = self.recurrence.normalizer == "sum"
+        return replace(core, name="recurrent_staged", staging=staging, normalized=normalized)
 
     def _core(self, operands: Operands, value_width: int) -> CompiledCore:
         query = operands.query
@@ -163,16 +165,16 @@ class RecurrentKernels:
 
 
 def _empty_output(q: Tensor, bound: BoundRecurrence) -> Tensor:
-    """Memory for o, where it has no column of weights."""
+    """Memory for o."""
     sizes = bound.sizes
     return q.new_empty((sizes.B, sizes.H, sizes.N, sizes.E))
 
 
-def _empty_state(q: Tensor, bound: BoundRecurrence) -> Tensor:
-    """Memory for the last state, likewise."""
-    sizes = bound.sizes
-    sequences = sizes.B if bound.offsets is None else len(bound.offsets) - 1
-    return q.new_empty((sequences, sizes.H, sizes.D, sizes.E), dtype=torch.promote_types(q.dtype, torch.float32))
+def _empty_state(recurrence: Recurrence, q: Tensor, bound: BoundRecurrence) -> Tensor:
+    """Memory for the last state."""
+    sequences = bound.sizes.B if bound.offsets is None else len(bound.offsets) - 1
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(state_shape(recurrence, bound.sizes, sequences), dtype=wide)
 
 
 def _is_followed(q: Tensor, k: Tensor, v: Tensor, bound: BoundRecurrence, state: Tensor | None) -> bool:
