@@ -192,3 +192,30 @@ def test_values_between_vectors_in_memory(dtype: torch.dtype) -> None:
     with torch.no_grad():
         attn: Any = attncc.build(LINEAR)
         assert torch.equal(attn(q, k, between), attn(q, k, v))
+
+
+def test_offsets_that_lie_apart() -> None:
+    """Kernels read what lay between them, and wrote outside of the output."""
+    q, k, v = (x[:1] for x in rows(40))
+    attn: Any = attncc.build(LINEAR)
+    offsets = torch.tensor([0, 16, 16, 40])
+    apart = torch.stack([offsets, torch.full_like(offsets, 7)], 1)[:, 0]
+    compare(attn, q, k, v, cu_seqlens=apart)
+
+
+@pytest.mark.parametrize("text", [LINEAR, BOUNDED])
+def test_negations_that_pytorch_has_put_off(text: str) -> None:
+    """States and gradients of outputs had the wrong sign."""
+    attn: Any = attncc.build(text)
+    q, k, v = rows(20)
+    state = torch.randn(2, 2, 4, 4)
+    negated = torch._neg_view(state)
+    compare(attn, q, k, v, initial_state=negated)
+    with pytest.raises(attncc.CallError, match="pass state.resolve_neg"):
+        attn.step(q, k, v, state=negated)
+    q.requires_grad_()
+    o, last = attn(q, k, v, return_state=True)
+    d_o, d_last = torch.randn_like(o), torch.randn_like(last)
+    wanted = torch.autograd.grad((o, last), q, (-d_o, -d_last), retain_graph=True)[0]
+    found = torch.autograd.grad((o, last), q, (torch._neg_view(d_o), torch._neg_view(d_last)))[0]
+    torch.testing.assert_close(found, wanted)

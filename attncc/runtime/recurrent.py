@@ -232,6 +232,8 @@ def _not_in_place(recurrence: Recurrence, state: Tensor, q: Tensor) -> str:
         return f"its type is {refusals.short(state.dtype)}, and that of the kernel's states {refusals.short(wanted)}"
     if not state.is_contiguous():
         return "it is not contiguous"
+    if state.is_neg():
+        return "it is a negation that PyTorch has put off; pass state.resolve_neg()"
     if state.requires_grad:
         return "autograd follows it; pass state.detach()"
     return ""

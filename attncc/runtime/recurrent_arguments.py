@@ -87,7 +87,7 @@ def _bound(
             True for _ in _packing_reasons(cu_seqlens, sizes, recurrence.name, bidirectional=recurrence.bidirectional)
         ):
             raise Mismatch
-        offsets = cu_seqlens.to(device=device, dtype=torch.int64)
+        offsets = cu_seqlens.to(device=device, dtype=torch.int64).contiguous()
     if initial_state is not None:
         sequences = sizes.B if offsets is None else len(offsets) - 1
         if (

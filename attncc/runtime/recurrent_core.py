@@ -57,7 +57,12 @@ def run_core(
 
 def kernel_state(given: Tensor | None, q: Tensor) -> Tensor | None:
     """An initial state as kernels take it."""
-    return None if given is None else given.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
+    return None if given is None else _in_order(given.to(torch.promote_types(q.dtype, torch.float32)))
+
+
+def _in_order(x: Tensor) -> Tensor:
+    """`x` contiguous, and in memory what it says: no lazy negation."""
+    return x.resolve_neg().contiguous()
 
 
 def states_like(operands: Operands, value_width: int, offsets: Tensor | None) -> Tensor:
@@ -90,7 +95,7 @@ class _Core(torch.autograd.Function):
 
         def compute() -> tuple[Tensor | None, ...]:
             gradients, d_initial = ctx.core.backward(
-                Operands.of(tuple(tensors)), state, offsets, d_o.contiguous(), d_state.contiguous()
+                Operands.of(tuple(tensors)), state, offsets, _in_order(d_o), _in_order(d_state)
             )
             return None if state is None else d_initial, *gradients.tensors
 
