@@ -25,15 +25,19 @@ _ROWS: tuple[RowName, ...] = ("q", "k", "v")
 
 @dataclass(frozen=True, slots=True)
 class Decays:
-    """The decays of a recurrence, as far as logarithms are taken of them."""
+    """The decays of a recurrence, as far as logarithms are taken of them.
+
+    read: the captured tensors and rows that they are made of
+    """
 
     recurrence: Recurrence
     logged: tuple[Logged, ...]
+    read: frozenset[str]
 
     @staticmethod
     def of(recurrence: Recurrence, decay: Expr) -> Decays:
-        found = (replace(x, value=simplify_expr(x.value), used=simplify_expr(x.used)) for x in logged(decay))
-        return Decays(recurrence, tuple(found))
+        found = [replace(x, value=simplify_expr(x.value), used=simplify_expr(x.used)) for x in logged(decay)]
+        return Decays(recurrence, tuple(found), frozenset(name for x in found for name in _tensors_of(x.value)))
 
     def have_logarithms(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound | BoundRecurrence) -> bool:
         """Whether kernels may take them, and autograd the gradients of those that it follows. Waits for the device."""
@@ -42,8 +46,9 @@ class Decays:
 
     def are_followed(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound | BoundRecurrence) -> bool:
         """Whether there are gradients of any of them."""
-        rows: dict[RowName, Tensor] = {"q": q, "k": k, "v": v}
-        return any(_is_followed(x, rows, bound) for x in self.logged)
+        return torch.is_grad_enabled() and any(
+            x.requires_grad for name, x in (("q", q), ("k", k), ("v", v), *bound.tensors.items()) if name in self.read
+        )
 
     def _has(self, x: Logged, rows: dict[RowName, Tensor], bound: Bound | BoundRecurrence, followed: bool) -> bool:
         # The gradient of `where` is 0 times that of what is not used, and so NaN where that is infinite.
