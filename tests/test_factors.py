@@ -147,3 +147,34 @@ attention other(gain: float[H], u: float[H, D]):
     rows, _ = draw(BF16)
     attn = attncc.build(source)
     check(attn, rows, {"gain": torch.rand(4), "u": torch.randn(4, 32)})
+
+
+BY_CHANNEL = """
+attention by_channel(a: float[B, H, N], g: float[B, H, N, D]):
+    recurrence:
+        S *= exp(g[b, h, t, :])[:, None]
+        S += outer(k * a[b, h, t], a[b, h, t] * (v - k @ S))
+        out = q * a[b, h, t] @ S
+"""
+VALUE_ALONE = """
+attention value_alone(a: float[B, H, N]):
+    recurrence:
+        S += outer(k, a[b, h, t] * v - k @ S)
+        out = q @ S
+"""
+
+
+@pytest.mark.parametrize("width", [32, 20])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_decays_of_key_channels(dtype: torch.dtype, width: int) -> None:
+    rows, inputs = draw(dtype, width=width)
+    generator = torch.Generator().manual_seed(2)
+    g = -torch.rand(*rows[0].shape, generator=generator)
+    g[0, 1, 20:30] *= 40  # too far apart for products
+    check(attncc.build(BY_CHANNEL), [row / 4 for row in rows], {"a": inputs["a"], "g": g})
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_value_alone_has_one(dtype: torch.dtype) -> None:
+    rows, inputs = draw(dtype)
+    check(attncc.build(VALUE_ALONE), [rows[0], rows[1] / 8, rows[2]], {"a": inputs["a"]})
