@@ -130,7 +130,10 @@ class Body:
             self.reporter.report(LaterClause(clause.name_span, name, LATER_CLAUSES[name]))
             return
         if name not in CLAUSES or clause.of:
-            hint = suggest.nearest(name, CLAUSES) or f"a local name is given with `let {name} = …`"
+            hint = (
+                suggest.nearest(name, [*CLAUSES, "feature", "recurrence"])
+                or f"a local name is given with `let {name} = …`"
+            )
             hint = f"write `{name} = …`" if name in CLAUSES else hint
             self.reporter.report(UnknownClause(clause.name_span, clause.target, hint))
             self.evaluator.evaluate(clause.value)

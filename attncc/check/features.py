@@ -136,6 +136,9 @@ class FeatureEvaluator(RowProducts):
         if name == self.row_name:
             return self.row
         if name in ROWS:
+            if self.row_name == "x" and name != "v":
+                hint = f"`x` is the row, of q and of k in turn; `feature({name}) = …` is that of {name} alone"
+                raise self.fail(OtherRow(span, "feature", name, hint))
             raise self.fail(OtherRow(span, "feature", name))
         if name in HOLES:
             why = "features are made before queries meet keys"

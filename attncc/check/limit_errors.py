@@ -75,7 +75,7 @@ class OtherRow(Diagnostic):
     code = "A0405"
     title = "the transform of `{clause}` reads `{name}`"
     label = "a row of another tensor"
-    help = "a row transform sees its own row; combine q, k and v before the call"
+    help = "{hint}"
     explanation = (
         "Rows are transformed one by one, before queries meet keys: `q = …` may read `q`, its position and "
         "parameters, and likewise `k` and `v`."
@@ -85,6 +85,7 @@ class OtherRow(Diagnostic):
 
     clause: str
     name: str
+    hint: str = "a row transform sees its own row; combine q, k and v before the call"
 
 
 @dataclass(frozen=True, slots=True)

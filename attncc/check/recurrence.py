@@ -31,6 +31,11 @@ _BESIDE = {
     "weight": "the weight of a pair is the product of q and k, and of the decays between them",
     "normalize": "append a column of ones to v, and divide by its output after the call",
 }
+# What papers call the state, and what a token gets.
+_MEANT = {
+    **dict.fromkeys(("s", "h", "H", "state"), "the state is `S`"),
+    **dict.fromkeys(("o", "y", "output"), "what a token gets is `out = …`"),
+}
 
 
 def lower_recurrence(
@@ -117,6 +122,8 @@ class _Body(RecurrentBody):
     def _update(self, node: nodes.Clause | nodes.Update) -> list[Statement]:
         if node.name != "S":
             hint = suggest.nearest(node.name, ("out", "S")) or f"a name is given with `let {node.name} = …`"
+            if node.name in _MEANT:
+                hint = _MEANT[node.name]
             if node.name in ROWS:
                 hint = f"transform rows beside `recurrence:`, or name the value: `let {node.name}2 = …`"
             if node.name == "out":

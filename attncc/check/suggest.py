@@ -34,6 +34,7 @@ _VALUES = {
     "num_heads_kv": "HKV",
     "infinity": "inf",
 }
+_OF_VECTORS = ("outer", "concat")
 _FUNCTIONS = {
     "logit": "log",
     "ln": "log",
@@ -73,7 +74,7 @@ def function(name: str, scope: Scope) -> str:
     if name in _FUNCTIONS:
         return f"write `{_FUNCTIONS[name]}`"
     defines = {define.name: define for define in scope.module.names() if define.parameters is not None}
-    return nearest(name, [*defines, *BUILTINS])
+    return nearest(name, [*defines, *BUILTINS, *_OF_VECTORS])
 
 
 def define_signature(define: nodes.Define) -> str:
