@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from recurrent_formulas import FEATURE_FORMULAS
+from test_staging import staging_of
 from torch import Tensor
 
 import attncc
 from attncc.error_rule import compare
+from attncc.ir.nodes import Apply, Expr
+from attncc.ir.rewrite import contains
+from attncc.plan.features import Features, Product
+from attncc.plan.sequential import Step
 from attncc.recurrent_eager import token_loop
 from attncc.runtime.recurrent import RecurrentAttention
 from attncc.runtime.recurrent_kernels import RecurrentKernels
@@ -44,7 +50,7 @@ FEATURES = {
 INPUTS = {
     "rate": "float = 0.5", "sharp": "bool = true", "W": "float[H, D, 6]", "M7": "float[6, 7]", "M5": "float[D, 5]",
     "P": "float[HKV, D, 6]", "bias": "float[6]", "gain": "float[H, D]", "turned": "float[D, H]", "g": "float[B, H, N]",
-    "reset": "bool[B, N]", "level": "i32[B, N]", "tau": "float",
+    "reset": "bool[B, N]", "level": "i32[B, N]", "tau": "float", "on": "bool[D]",
 }  # fmt: skip
 
 
@@ -70,6 +76,7 @@ def inputs_of(attn: RecurrentAttention, heads: tuple[int, int, int], dtype: torc
         "reset": torch.rand(B, N) < 0.3,
         "level": torch.randint(0, 9, (B, N), dtype=torch.int32),
         "tau": 0.7,
+        "on": torch.arange(D) % 3 != 0,
     }
     names = [p.name for p in attn.attention.parameters]
     return {name: x for name, x in drawn.items() if name in names}
@@ -108,8 +115,16 @@ def built(text: str) -> RecurrentAttention:
 TYPES = [(F32, (4, 4, 4)), (BF16, (4, 2, 2)), (F64, (1, 2, 4))]
 
 
-@pytest.mark.parametrize(("dtype", "heads"), TYPES, ids=str)
-@pytest.mark.parametrize("name", FEATURES)
+def cases(names: Iterable[str]) -> list[Any]:
+    """Each with each type; one of them is quick, in turn."""
+    return [
+        pytest.param(name, *case, id=f"{name}-{case[0]}", marks=() if i % 3 == j else pytest.mark.slow)
+        for i, name in enumerate(names)
+        for j, case in enumerate(TYPES)
+    ]
+
+
+@pytest.mark.parametrize(("name", "dtype", "heads"), cases(FEATURES))
 def test_features_of_every_sort(name: str, dtype: torch.dtype, heads: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     attn = built(spec(f"{FEATURES[name]}\nmask = causal\nnormalize = sum"))
@@ -119,7 +134,10 @@ def test_features_of_every_sort(name: str, dtype: torch.dtype, heads: tuple[int,
 WIDTHS = [(16, 32), (7, 5), (33, 70), (1, 1)]
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=str)
+OTHERS = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in (F16, F64)]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, *OTHERS], ids=str)
 @pytest.mark.parametrize("name", FEATURE_FORMULAS)
 def test_examples(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -183,8 +201,7 @@ OPERANDS = {
 }
 
 
-@pytest.mark.parametrize(("dtype", "heads"), TYPES, ids=str)
-@pytest.mark.parametrize("name", OPERANDS)
+@pytest.mark.parametrize(("name", "dtype", "heads"), cases(OPERANDS))
 def test_operands_of_places(name: str, dtype: torch.dtype, heads: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     attn = built(spec(f"{OPERANDS[name]}\nrecurrence:\n    S += outer(k, v)\n    out = q @ S"))
@@ -195,3 +212,59 @@ def test_positions_that_forget() -> None:
     torch.manual_seed(0)
     attn = built(spec("recurrence:\n    S *= where(t % 7 == 0, 0.1, 0.9)\n    S += outer(k, v)\n    out = q @ S"))
     assert_staged_and_right(attn, rows_of((2, 2, 2), F32), {})
+
+
+def test_a_head_is_one_task_where_its_outputs_are_divided() -> None:
+    torch.manual_seed(0)
+    attn = built(spec("feature = elu(x) + 1\nmask = causal\nnormalize = sum"))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert_staged_and_right(attn, [torch.randn(1, 1, N, w) for w in (16, 16, 64)], {})
+    finally:
+        torch.set_num_threads(before)
+
+
+# What PyTorch makes: the same results all the same.
+MADE_BY_PYTORCH = {
+    "an outer product of outer products": "feature = outer(relu(x), outer(relu(x), relu(x)))",
+    "an outer product of concatenations": "feature = outer(concat(1, relu(x)), concat(1, relu(x)))",
+    "a function of an outer product": "feature = exp(outer(x, x) * 0.1)",
+    "a sum of an outer product": "feature = softmax(outer(x, x))",
+    "bools of channels": "feature = where(on, relu(x), 1)",
+}
+
+
+@pytest.mark.parametrize("name", MADE_BY_PYTORCH)
+def test_what_is_not_staged_is_right(name: str) -> None:
+    torch.manual_seed(0)
+    attn = built(spec(f"{MADE_BY_PYTORCH[name]}\nmask = causal\nnormalize = sum"))
+    rows, inputs = rows_of((4, 2, 2), F64), inputs_of(attn, (4, 2, 2), F64)
+    with torch.no_grad():
+        o, state = attn(*rows, return_state=True, **inputs)
+    assert isinstance(attn.kernels, RecurrentKernels)
+    assert list(attn.kernels.staged.values()) == [None]
+    for found, exact in zip((o, state), attn.reference(*rows, return_state=True, **inputs), strict=True):
+        assert torch.allclose(found, exact, rtol=1e-9, atol=1e-9)
+
+
+def features_of(name: str) -> Features:
+    return staging_of(name).features
+
+
+def test_what_occurs_twice_is_computed_once() -> None:
+    """The numerators of a softmax, and their sum; the projections of both softmaxes."""
+    steps = features_of("hedgehog").steps
+    assert sum(isinstance(step, Product) for step in steps) == 2  # of q and of k
+    exponentials = [s for s in steps if isinstance(s, Step) and contains(s.value, _is_exponential)]
+    assert len(exponentials) == 4  # of either sign, of q and of k
+
+
+def _is_exponential(node: Expr) -> bool:
+    return isinstance(node, Apply) and node.op == "exp"
+
+
+def test_parts_of_a_row() -> None:
+    (made, *_) = features_of("based").rows
+    assert (made.row, made.width) == ("q", 1 + 64 + 64 * 64)
+    assert [(part.start, part.outer is not None) for part in made.parts] == [(0, False), (1, False), (65, True)]
