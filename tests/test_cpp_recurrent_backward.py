@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -227,6 +228,32 @@ def test_threads_change_nothing() -> None:
             torch.set_num_threads(before)
         for others in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+@pytest.mark.parametrize(
+    ("updates", "side", "before", "read"),
+    [
+        ("write", "none", False, "post"),
+        ("write", "value", False, "pre"),
+        ("delta", "scalar", False, "post"),
+        ("erase and write", "key", True, "pre"),
+        ("three", "scalar", False, "post"),
+    ],
+    ids=str,
+)
+def test_threads_share_a_head(updates: str, side: str, before: bool, read: str, threads: int) -> None:
+    """Each has some columns of the values, and what it adds to the gradients of queries and keys is added up after."""
+    plan = plan_of(updates, side, before, read, widths=(100, 70) if side == "value" else (20, 100))
+    earlier = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        check_gradients(plan, draw(plan, 150, heads=1), draw_state(plan, 1, 1))
+        check_gradients(plan, draw(plan, 150, heads=1), draw_state(plan, 2, 1), [0, 50, 150])
+        whole = replace(plan, dtype=DType.BF16)
+        check_gradients(whole, draw(whole, 150, heads=1), with_last=False)
+    finally:
+        torch.set_num_threads(earlier)
 
 
 @pytest.mark.parametrize(
