@@ -226,3 +226,20 @@ def test_writes_of_whole_panels_of_doubles() -> None:
     text = LINEAR.replace("linear()", "retention(gamma: float[H])").replace("S +=", "S *= gamma[h]\n        S +=")
     q, k, v = (x.double() for x in rows(40, width=8))
     compare(attncc.build(text, target="cpp:portable"), q, k, v, 1e-12, gamma=torch.tensor([0.5, 0.9]).double())
+
+
+@pytest.mark.parametrize("tokens", [32, 40])
+def test_a_state_that_grows_after_it_was_read(tokens: int) -> None:
+    """Between two tokens it grew by more than a number holds, times nothing: that became NaN."""
+    attn: Any = attncc.build("""
+attention growing(g: float[B, H, N]):
+    recurrence:
+        out = q @ S
+        S *= exp(g[b, h, t])
+        S += outer(k, v)
+""")
+    q, k, v = rows(tokens)
+    v[:, :, :32] = 0
+    g = torch.zeros(2, 2, tokens)
+    g[:, :, 30:32] = 48
+    compare(attn, q, k, v, g=g)
