@@ -243,3 +243,15 @@ attention growing(g: float[B, H, N]):
     g = torch.zeros(2, 2, tokens)
     g[:, :, 30:32] = 48
     compare(attn, q, k, v, g=g)
+
+
+def test_what_follows_a_stroke_has_all_its_digits() -> None:
+    """Decays of scores as products of two had no more digits than sums of logarithms leave behind the point."""
+    text = LINEAR.replace("linear()", "gated(g: float[B, H, N])").replace("S +=", "S *= exp(g[b, h, t])\n        S +=")
+    q, k, v = (x.double().abs() for x in rows(32))
+    g = torch.full((2, 2, 32), -1e-3).double()
+    g[:, :, 0] = -200
+    attn: Any = attncc.build(text)
+    with torch.no_grad():
+        found = attn(q, k, v, g=g)
+    torch.testing.assert_close(found, attn.reference(q, k, v, g=g), rtol=3e-15, atol=0)
