@@ -1,4 +1,5 @@
 """A recurrence as the token loop that one would write by hand in eager PyTorch: operands in their type, an f32 state.
+What is erased is a row like values are, in their type: a product of two of them.
 
 It is what `verify` measures a kernel's error beside.
 """
@@ -84,12 +85,12 @@ def _token(form: UpdateForm, operands: Operands, t: int, state: Tensor) -> tuple
     read = before if form.before else state
     gains: list[Tensor] = []
     for key, value, erase in zip(operands.keys, operands.values, operands.erases, strict=True):
-        u = None if value is None else value[:, :, t].to(state.dtype)
+        u = None if value is None else value[:, :, t]
         if erase is not None:
-            found = (erase[:, :, t, None, :].to(state.dtype) @ read)[:, :, 0]
+            found = (erase[:, :, t, None, :] @ read.to(erase.dtype))[:, :, 0]
             u = -found if u is None else u - found
         assert u is not None
-        gains.append(key[:, :, t, :, None].to(state.dtype) * u[:, :, None, :])
+        gains.append(key[:, :, t, :, None].to(state.dtype) * u[:, :, None, :].to(state.dtype))
     for gain in gains:
         state = state + gain
     seen = before if form.read == "pre" else state
