@@ -245,12 +245,13 @@ attention growing(g: float[B, H, N]):
     compare(attn, q, k, v, g=g)
 
 
-def test_what_follows_a_stroke_has_all_its_digits() -> None:
+@pytest.mark.parametrize("stroke", [-200, -1e5])
+def test_what_follows_a_stroke_has_all_its_digits(stroke: float) -> None:
     """Decays of scores as products of two had no more digits than sums of logarithms leave behind the point."""
     text = LINEAR.replace("linear()", "gated(g: float[B, H, N])").replace("S +=", "S *= exp(g[b, h, t])\n        S +=")
     q, k, v = (x.double().abs() for x in rows(32))
     g = torch.full((2, 2, 32), -1e-3).double()
-    g[:, :, 0] = -200
+    g[:, :, 0] = stroke
     attn: Any = attncc.build(text)
     with torch.no_grad():
         found = attn(q, k, v, g=g)
