@@ -44,6 +44,8 @@ _USES: dict[str, tuple[str, ...]] = {
     "log2": ("log_parts",),
     "sigmoid": ("exp", "reciprocal"),
     "silu": ("sigmoid",),
+    "log1p": ("log_parts",),
+    "softplus": ("exp", "log1p"),
 }
 
 
