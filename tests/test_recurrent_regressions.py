@@ -256,3 +256,14 @@ def test_what_follows_a_stroke_has_all_its_digits(stroke: float) -> None:
     with torch.no_grad():
         found = attn(q, k, v, g=g)
     torch.testing.assert_close(found, attn.reference(q, k, v, g=g), rtol=3e-15, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("return_lse", "no weights of pairs"), ("dropout_p", "no weights of pairs"), ("state", "initial_state=")],
+)
+def test_what_only_other_calls_take(name: str, advice: str) -> None:
+    attn = attncc.build("attention linear():\n    recurrence:\n        S += outer(k, v)\n        out = q @ S\n")
+    rows = [torch.zeros(1, 1, 3, 4)] * 3
+    with pytest.raises(attncc.CallError, match=advice):
+        attn(*rows, **{name: None})

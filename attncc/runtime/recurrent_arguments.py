@@ -26,6 +26,15 @@ from attncc.runtime.recurrent_errors import NoPacking, PackedBatch, RecurrentHea
 
 _OPERAND_SHAPES = {"q": "(B, heads, N, D)", "k": "(B, heads, N, D)", "v": "(B, heads, N, E)"}
 
+_OPTIONS = ("initial_state", "return_state", "cu_seqlens", "q_offset")
+_NO_WEIGHTS = "a recurrence has no weights of pairs: drop it"
+# What calls of attentions take, and what models call a state.
+_ELSEWHERE = {
+    **dict.fromkeys(("return_lse", "stats", "dropout_p", "seed"), _NO_WEIGHTS),
+    "is_causal": "a token reads those before it and itself: drop it",
+    "state": "a call starts from initial_state=; attn.step(…, state=) goes on with a state in place",
+}
+
 
 class BoundRecurrence(NamedTuple):
     """Arguments that fit. tensors and scalars: the inputs of the specification by name. offsets: where each packed
@@ -165,7 +174,7 @@ def _reasons(
     yield from refusals.kind_reasons(operands, _OPERAND_SHAPES)
     yield from shapes
     yield from refusals.type_reasons(tensors)
-    yield from refusals.keyword_reasons(signature, inputs)
+    yield from refusals.keyword_reasons(signature, inputs, _OPTIONS, _ELSEWHERE)
     yield from refusals.scalar_reasons(signature, inputs)
     device = tensors["q"].device if "q" in tensors else None
     yield from refusals.captured_reasons(signature, sizes, inputs, device)
