@@ -268,3 +268,22 @@ def test_parts_of_a_row() -> None:
     (made, *_) = features_of("based").rows
     assert (made.row, made.width) == ("q", 1 + 64 + 64 * 64)
     assert [(part.start, part.outer is not None) for part in made.parts] == [(0, False), (1, False), (65, True)]
+
+
+def test_tables_of_heads_are_kept_and_made_anew_where_a_scalar_changes() -> None:
+    text = """
+attention of_heads(base: int):
+    recurrence:
+        S *= 1 - 1.0 / (base + h)
+        S += outer(k, v)
+        out = q @ S
+"""
+    attn = attncc.build(text)
+    rows = [torch.randn(1, heads, 5, 8) for heads in (3, 3, 3)]
+    for base in (2, 2, 5, 2):
+        with torch.no_grad():
+            o = attn(*rows, base=base)
+        torch.testing.assert_close(o.double(), attn.reference(*rows, base=base), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        fewer = attn(*(x[:, :2] for x in rows), base=2)
+    torch.testing.assert_close(fewer, o[:, :2])

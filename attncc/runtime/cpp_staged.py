@@ -17,7 +17,7 @@ from attncc.plan.staged_inputs import Input
 from attncc.runtime.cpp import CppKernel, kernel_of
 from attncc.runtime.cpp_recurrent import pointer
 from attncc.runtime.recurrent_arguments import BoundRecurrence
-from attncc.runtime.tables import tables_of
+from attncc.runtime.tables import Tables
 
 
 class StagedCppCore:
@@ -28,6 +28,7 @@ class StagedCppCore:
         self.plan = plan
         self._staging = plan.staging
         self._kernel = kernel
+        self._tables = Tables(plan.staging.tables)
         self._readers = tuple(map(_Reader.of, plan.staging.passed))
         # The kernel sets operands itself.
         self._operands = (0,) * sum(len(field.slots) for field in operand_fields(plan, "", ""))
@@ -44,7 +45,7 @@ class StagedCppCore:
         sizes, offsets = bound.sizes, bound.offsets
         tensors = {**bound.tensors, **rows}
         if self._staging.tables:
-            tensors |= tables_of(self._staging.tables, bound, rows["q"])
+            tensors |= self._tables.of(bound, rows["q"])
         views = [reader.view(tensors[reader.tensor]) for reader in self._readers]
         slots: list[int] = []
         for reader, view in zip(self._readers, views, strict=True):

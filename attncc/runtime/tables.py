@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from attncc.eager import Environment, torch_value
+from attncc.ir.nodes import Expr, Index, Size
+from attncc.ir.rewrite import contains
 from attncc.plan.staged_inputs import Table
 from attncc.runtime.recurrent_arguments import BoundRecurrence
 
 
-def tables_of(tables: tuple[Table, ...], bound: BoundRecurrence, like: Tensor) -> Mapping[str, Tensor]:
-    """Each table by its name, with one axis for each of its places; like: a row of the call. Floats are computed in f64
-    and have f32, or f64 beside f64."""
-    env = _environment(bound, like)
-    wide = torch.promote_types(like.dtype, torch.float32)
-    return {table.name: _of_places(table, _value(table, env), bound, wide) for table in tables}
+class Tables:
+    """Makes the tables of a core. Those that depend on neither tokens nor the position of the first, a decay of each
+    head, say, are kept for the next call that is alike: a step takes less time than such a table does."""
+
+    def __init__(self, tables: Sequence[Table]) -> None:
+        self._tables = tuple(tables)
+        self._kept: dict[str, tuple[object, Tensor]] = {}
+
+    def of(self, bound: BoundRecurrence, like: Tensor) -> dict[str, Tensor]:
+        """Each table by its name, with one axis for each of its places; like: a row of the call. Floats are computed in
+        f64 and have f32, or f64 beside f64."""
+        wide = torch.promote_types(like.dtype, torch.float32)
+        key = bound.sizes, tuple(bound.scalars.items()), like.dtype
+        result: dict[str, Tensor] = {}
+        env: Environment | None = None
+        for table in self._tables:
+            kept = self._kept.get(table.name)
+            if kept is not None and kept[0] == key:
+                result[table.name] = kept[1]
+                continue
+            env = env or _environment(bound, like)
+            made = result[table.name] = _of_places(table, _value(table, env), bound, wide)
+            if not contains(table.value, _moves):
+                self._kept[table.name] = key, made
+        return result
+
+
+def _moves(node: Expr) -> bool:
+    return node in (Index("t"), Size("q_offset"))
 
 
 def _value(table: Table, env: Environment) -> Tensor:
