@@ -6,14 +6,14 @@ may also be 0: its logarithm is -inf and the state right, but no gradient finds 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from attncc.ir.nodes import Apply, Constant, Element, Expr, Load, Parameter, RowName
+from attncc.ir.nodes import Apply, Constant, Element, Expr, Index, Load, Parameter, RowName, Size
 from attncc.ir.recurrence import Recurrence
-from attncc.ir.rewrite import has_free, walk
+from attncc.ir.rewrite import contains, has_free, walk
 from attncc.passes.normal_form import Logged, logged
 from attncc.passes.simplify import simplify_expr
 from attncc.runtime.arguments import Bound
@@ -21,6 +21,7 @@ from attncc.runtime.recurrent_arguments import BoundRecurrence
 from attncc.runtime.recurrent_operands import Evaluator, evaluator_of
 
 _ROWS: tuple[RowName, ...] = ("q", "k", "v")
+_MOST_KNOWN = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +29,13 @@ class Decays:
     """The decays of a recurrence, as far as logarithms are taken of them.
 
     read: the captured tensors and rows that they are made of
+    known: what was found for decays that are made of none, and the same at every token
     """
 
     recurrence: Recurrence
     logged: tuple[Logged, ...]
     read: frozenset[str]
+    known: dict[object, bool] = field(default_factory=dict[object, bool], compare=False)
 
     @staticmethod
     def of(recurrence: Recurrence, decay: Expr) -> Decays:
@@ -42,7 +45,14 @@ class Decays:
     def have_logarithms(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound | BoundRecurrence) -> bool:
         """Whether kernels may take them, and autograd the gradients of those that it follows. Waits for the device."""
         rows: dict[RowName, Tensor] = {"q": q, "k": k, "v": v}
-        return all(self._has(x, rows, bound, _is_followed(x, rows, bound)) for x in self.logged)
+        if self.read or any(contains(x.value, moves) for x in self.logged):
+            return all(self._has(x, rows, bound, _is_followed(x, rows, bound)) for x in self.logged)
+        key = bound.sizes, tuple(bound.scalars.items())
+        if key not in self.known:
+            if len(self.known) >= _MOST_KNOWN:
+                self.known.clear()
+            self.known[key] = all(self._has(x, rows, bound, followed=False) for x in self.logged)
+        return self.known[key]
 
     def are_followed(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound | BoundRecurrence) -> bool:
         """Whether there are gradients of any of them."""
@@ -62,6 +72,11 @@ class Decays:
                 value = evaluator.vector(expr, _width(expr, evaluator), evaluator.env.floating)
         fits = value > 0 if followed or x.base else value >= 0
         return bool(fits.all()) if isinstance(fits, Tensor) else fits
+
+
+def moves(node: Expr) -> bool:
+    """Whether it is something else at another token, or in another call alike."""
+    return node in (Index("t"), Size("q_offset"))
 
 
 def _whole(value: Expr, bound: Bound | BoundRecurrence) -> Tensor | float | None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from attncc.eager import Environment, torch_value
-from attncc.ir.nodes import Expr, Index, Size
 from attncc.ir.rewrite import contains
 from attncc.plan.staged_inputs import Table
+from attncc.runtime.decays import moves
 from attncc.runtime.recurrent_arguments import BoundRecurrence
 
 
@@ -36,13 +36,9 @@ class Tables:
                 continue
             env = env or _environment(bound, like)
             made = result[table.name] = _of_places(table, _value(table, env), bound, wide)
-            if not contains(table.value, _moves):
+            if not contains(table.value, moves):
                 self._kept[table.name] = key, made
         return result
-
-
-def _moves(node: Expr) -> bool:
-    return node in (Index("t"), Size("q_offset"))
 
 
 def _value(table: Table, env: Environment) -> Tensor:
