@@ -48,11 +48,13 @@ class Decays:
         if self.read or any(contains(x.value, moves) for x in self.logged):
             return all(self._has(x, rows, bound, _is_followed(x, rows, bound)) for x in self.logged)
         key = bound.sizes, tuple(bound.scalars.items())
-        if key not in self.known:
+        found = self.known.get(key)
+        if found is None:
+            found = all(self._has(x, rows, bound, followed=False) for x in self.logged)
             if len(self.known) >= _MOST_KNOWN:
                 self.known.clear()
-            self.known[key] = all(self._has(x, rows, bound, followed=False) for x in self.logged)
-        return self.known[key]
+            self.known[key] = found
+        return found
 
     def are_followed(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound | BoundRecurrence) -> bool:
         """Whether there are gradients of any of them."""
