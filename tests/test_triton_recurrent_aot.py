@@ -34,7 +34,7 @@ FORMS = {
 class CoreCase(Case):
     """A form of recurrences, forward and backward."""
 
-    def kernels(self) -> list[tuple[CorePlan, str]]:  # type: ignore[override]
+    def kernels(self) -> list[tuple[CorePlan, str]]:  # type: ignore[override] - of cores
         plans = [self.plan(), gradient_of(self.plan())]
         return [(plan, render_core(plan, ())) for plan in plans]
 

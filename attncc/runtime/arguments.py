@@ -188,7 +188,6 @@ def operand_sizes(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
     batch, heads, rows, width = q.shape
     batch_k, heads_k, keys, width_k = k.shape
     batch_v, heads_v, keys_v, width_v = v.shape
-    dtype, device = q.dtype, q.device
     if (
         batch_k != batch
         or batch_v != batch
@@ -196,14 +195,7 @@ def operand_sizes(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
         or keys_v != keys
         or width_k != width
         or (heads % heads_k if heads_k else heads)
-        or k.dtype is not dtype
-        or v.dtype is not dtype
-        or dtype not in OPERAND_DTYPES
-        or k.device != device
-        or v.device != device
-        or q.layout is not torch.strided
-        or k.layout is not torch.strided
-        or v.layout is not torch.strided
+        or unlike(q, k, v)
         or rows > MAX_LENGTH
         or keys > MAX_LENGTH
         or width == 0
@@ -211,6 +203,21 @@ def operand_sizes(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
     ):
         raise Mismatch
     return Sizes(batch, heads, heads_k, rows, keys, width, width_v)
+
+
+def unlike(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether they differ in type or device, or are not what kernels read."""
+    dtype, device, layout = q.dtype, q.device, torch.strided
+    return (
+        k.dtype is not dtype
+        or v.dtype is not dtype
+        or dtype not in OPERAND_DTYPES
+        or k.device != device
+        or v.device != device
+        or q.layout is not layout
+        or k.layout is not layout
+        or v.layout is not layout
+    )
 
 
 def preferred_dtype(parameter: TensorParameter) -> DType:

@@ -20,6 +20,7 @@ from attncc.runtime.arguments import (
     Sizes,
     python_number,
     size_function,
+    unlike,
 )
 from attncc.runtime.errors import EmptyWidth, TooLong, WrongSize
 from attncc.runtime.recurrent_errors import NoPacking, PackedBatch, RecurrentHeads, WrongOffsets
@@ -118,7 +119,7 @@ def _agreed_sizes(q: Tensor, k: Tensor, v: Tensor, bidirectional: bool) -> Sizes
     batch, heads_q, rows, width = q.shape
     batch_k, heads_k, keys, width_k = k.shape
     batch_v, heads_v, keys_v, width_v = v.shape
-    heads, dtype, device = max(heads_q, heads_k, heads_v), q.dtype, q.device
+    heads = max(heads_q, heads_k, heads_v)
     if (
         batch_k != batch
         or batch_v != batch
@@ -126,14 +127,7 @@ def _agreed_sizes(q: Tensor, k: Tensor, v: Tensor, bidirectional: bool) -> Sizes
         or (keys != rows and not bidirectional)
         or width_k != width
         or (heads and (not (heads_q and heads_k and heads_v) or heads % heads_q or heads % heads_k or heads % heads_v))
-        or k.dtype is not dtype
-        or v.dtype is not dtype
-        or dtype not in OPERAND_DTYPES
-        or k.device != device
-        or v.device != device
-        or q.layout is not torch.strided
-        or k.layout is not torch.strided
-        or v.layout is not torch.strided
+        or unlike(q, k, v)
         or rows > MAX_LENGTH
         or keys > MAX_LENGTH
         or width == 0

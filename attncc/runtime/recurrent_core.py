@@ -90,7 +90,7 @@ class _Core(torch.autograd.Function):
 
     @staticmethod
     # PyTorch types it as taking anything.
-    def backward(ctx: Any, d_o: Tensor, d_state: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_o: Tensor, d_state: Tensor) -> tuple[Any, ...]:  # type: ignore[override] - two results
         offsets, state, *tensors = ctx.saved_tensors
 
         def compute() -> tuple[Tensor | None, ...]:

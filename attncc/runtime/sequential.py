@@ -160,7 +160,7 @@ class _Sequential(torch.autograd.Function):
 
     @staticmethod
     # PyTorch types it as taking anything.
-    def backward(ctx: Any, d_o: Tensor, d_last: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_o: Tensor, d_last: Tensor) -> tuple[Any, ...]:  # type: ignore[override] - two results
         offsets, state, *operands = ctx.saved_tensors
 
         def compute() -> tuple[Tensor | None, ...]:
