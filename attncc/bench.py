@@ -149,11 +149,12 @@ def bench_recurrence(
 
 
 def core_operations(plan: CorePlan, chunk: int) -> int:
-    """The useful ones of a token and head, in chunks of so many tokens; a multiplication and an addition are two.
+    """The useful ones of a token and head, in products of so many tokens; a multiplication and an addition are two.
 
     Forward, the state is read by the query and by each erase, and written by each update; within a chunk rows meet in
-    half of two products of matrices, in two more for what is erased. Backward, states are made again, and so are their
-    gradients; rows get theirs from both. What pads, what makes operands, decays and exponentials are not counted.
+    half of two products of matrices, in two more for what is erased, and in none where tokens stream (chunk 0).
+    Backward, states are made again, and so are their gradients; rows get theirs from both. What pads, what makes
+    operands, decays and exponentials are not counted.
     """
     D, E = plan.key_width, plan.value_width
     updates, erases = len(plan.updates), sum(update.erase for update in plan.updates)
@@ -174,15 +175,19 @@ def _recurrent_operations(attn: RecurrentAttention, call: Call, backward: bool) 
     forward = kernels.plan(target, call.q.dtype, key_width, value_width)
     plans = (forward, gradient_of(forward)) if backward else (forward,)
     of_token = sum(core_operations(plan, chunk_of(plan)) for plan in plans)
-    chunks = " and ".join(str(chunk_of(plan)) for plan in plans)
-    return of_token * sizes.B * sizes.H * sizes.N, f"products with the state, and of rows in chunks of {chunks} tokens"
+    chunks = " and ".join(str(chunk_of(plan)) for plan in plans if chunk_of(plan))
+    of_rows = f", and of rows in chunks of {chunks} tokens" if chunks else ""
+    return of_token * sizes.B * sizes.H * sizes.N, f"products with the state{of_rows}"
 
 
 def chunk_of(plan: CorePlan) -> int:
-    """Tokens that a core takes together."""
+    """Tokens whose rows a core multiplies with one another; 0 where they only meet the state."""
     if plan.target.backend == "triton":
         return layout_of(plan).chunk
-    return core_machine(plan).chunk if plan.kernel == "recurrent" else chunk_tokens(plan)
+    if plan.kernel != "recurrent":
+        return chunk_tokens(plan)
+    machine = core_machine(plan)
+    return 0 if machine.streams else machine.chunk
 
 
 # Name, title, and what makes the function to time.

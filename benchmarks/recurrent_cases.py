@@ -3,7 +3,8 @@
 Useful operations of a token and head, at a state of D x E and chunks of C tokens; a multiplication and an addition are
 two. What pads, what makes operands, decays and exponentials are not counted.
 
-    forward, without erasing    4DE  the state is read and written      + C(D + E)   half of two C x C products
+    forward, without erasing    4DE  the state is read and written      + C(D + E)   half of two C x C products,
+                                                                                     none where tokens stream: C is 0
     forward, with               6DE  and read once more, for erases     + 2C(D + E)  and two more, for what is written
     backward, without          10DE  the state again, its gradient, and what rows get of both     + C(3D + 2E)
     backward, with             16DE  likewise, with twice the rows that read                      + C(6D + 5E)
@@ -25,8 +26,8 @@ from torch import Tensor
 from torch.nn import functional
 
 import attncc
-from attncc.emit.recurrent_backward_cpp import chunk_tokens
-from attncc.emit.recurrent_cpp import core_machine
+from attncc.bench import chunk_of as products_of
+from attncc.plan.recurrent import gradient_of
 from attncc.runtime.cpp import CppKernel
 from attncc.runtime.targets import resolve
 
@@ -192,7 +193,7 @@ def keep_memory() -> None:
 
 
 def chunk_of(case: Case, backward: bool) -> int:
-    """Tokens that its kernel takes together."""
+    """Tokens whose rows its kernel multiplies with one another."""
     target = resolve(None, case.q.device, ())
     plan = case.attn.kernels.plan(target, case.q.dtype, case.q.shape[3], case.v.shape[3])
-    return chunk_tokens(plan) if backward else core_machine(plan).chunk
+    return products_of(gradient_of(plan) if backward else plan)

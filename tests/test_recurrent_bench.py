@@ -80,7 +80,7 @@ def test_bench(backward: bool) -> None:
     assert own.gflops is not None
     # Whatever chunks are: at least the state, written and read; and no more than in chunks of all tokens.
     state = 2 * 20 * 4 * 16 * 16
-    assert state < own.gflops * own.timing.median * 1e9 < 20 * state
+    assert state * 0.999 < own.gflops * own.timing.median * 1e9 < 20 * state
     assert own.peak_share is not None
     assert loop.ratio is not None
     assert loop.gflops is None

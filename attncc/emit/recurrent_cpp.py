@@ -29,6 +29,7 @@ class CoreMachine:
     rows      and `vectors`: a product keeps that many rows of so many registers as sums
     chunk     tokens that are taken together
     pairs     products multiply pairs of bf16 and add them up in f32 (vdpbf16ps)
+    streams   tokens pass by parts of the state that stay in registers; otherwise a chunk is a few matrix products
     """
 
     arch: str
@@ -40,6 +41,7 @@ class CoreMachine:
     chunk: int
     avx512: bool
     pairs: bool
+    streams: bool
 
     @property
     def suffix(self) -> str:
@@ -63,6 +65,8 @@ def core_machine(plan: CorePlan) -> CoreMachine:
     # Decays of channels are taken into operands, which bf16 would round: the state is f32, and forgets nothing by that.
     whole = plan.side in ("none", "scalar")
     pairs = plan.dtype is DType.BF16 and arch == "avx512_bf16" and plan.kernel == "recurrent" and whole
+    # Without erasures a token needs nothing but the state, and products within a chunk only add work.
+    streams = plan.kernel == "recurrent" and not pairs and not plan.erasing
     return CoreMachine(
         arch=arch,
         real="double" if plan.dtype is DType.F64 else "float",
@@ -70,9 +74,10 @@ def core_machine(plan: CorePlan) -> CoreMachine:
         lanes=_REGISTER_BYTES[arch] // (8 if plan.dtype is DType.F64 else 4),
         rows=8 if avx512 else 4,
         vectors=2,
-        chunk=32 if pairs else 16,
+        chunk=32 if pairs or streams else 16,
         avx512=avx512,
         pairs=pairs,
+        streams=streams,
     )
 
 
