@@ -10,7 +10,7 @@ from typing import Literal
 from attncc.emit.cpp_machine import ELEMENT_TYPES, Field, Format, mangle
 from attncc.emit.cpp_text import tidy
 from attncc.emit.render import fill
-from attncc.emit.staging_cpp import StagingText
+from attncc.emit.staging_cpp import StagingText, staged_operands
 from attncc.ir.types import DType
 from attncc.plan.factors import FACTOR
 from attncc.plan.recurrent import CorePlan
@@ -178,6 +178,40 @@ def factors(plan: CorePlan) -> list[str]:
     return [step.name.removesuffix(FACTOR) for step in steps if step.name.endswith(FACTOR)]
 
 
+@dataclass(frozen=True, slots=True)
+class RowsInPlace:
+    """An operand that lies where the caller has it.
+
+    element   C++ type of its numbers
+    width     how many of them a row has
+    """
+
+    operand: str
+    element: str
+    width: Literal["1", "D", "E"]
+
+
+_WIDTHS: Mapping[str, Literal["1", "D", "E"]] = {"scalar": "1", "key": "D", "value": "E"}
+
+
+def rows_in_place(plan: CorePlan) -> list[RowsInPlace]:
+    """The operands that no steps make; of those that are the same rows, one."""
+    element = ELEMENT_TYPES[plan.dtype]
+    rows = [RowsInPlace("query", element, "D")]
+    for update in (*known_updates(plan), *erasing_updates(plan)):
+        rows.append(RowsInPlace(update.key, element, "D"))
+        if update.value:
+            rows.append(RowsInPlace(update.value, element, "E"))
+        if update.erase:
+            rows.append(RowsInPlace(update.erase, element, "D"))
+    if plan.side != "none":
+        rows.append(RowsInPlace("log_decay", ELEMENT_TYPES[plan.state_dtype], _WIDTHS[plan.side]))
+    if plan.staging is None:
+        return rows
+    sources = {x.source: x.name for x in reversed(staged_operands(plan)) if x.source in plan.staging.passed}
+    return [row for row in rows if row.operand in sources.values()]
+
+
 def render_core(plan: CorePlan, templates: Sequence[Path] = ()) -> str:
     """The source of a kernel. Raises BuildError where its template cannot be rendered."""
     staging = {} if plan.staging is None else StagingText(plan, core_machine(plan)).filters()
@@ -200,5 +234,6 @@ FILTERS: Mapping[str, Callable[..., object]] = {
     "known_updates": known_updates,
     "erasing_updates": erasing_updates,
     "factors": factors,
+    "rows_in_place": rows_in_place,
     "tidy": tidy,
 }
