@@ -6,7 +6,7 @@ beyond the last channel is without meaning; one for a token is a scalar.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +22,9 @@ from attncc.plan.recurrent import CorePlan
 from attncc.plan.sequential import Axis, Step
 from attncc.plan.staged_inputs import Input
 from attncc.plan.staging import Staging
+
+# Steps over the tokens of a head: constant; of a token, what rows are made of or what is made of them; and the rest.
+_Which = Literal["constant", "rows", "numbers", "all"]
 
 _SCALARS = {Kind.FLOAT: "real", Kind.INT: "int64", Kind.BOOL: "bool"}
 
@@ -111,20 +114,34 @@ class StagingText:
             "staging_type": lambda step: _SCALARS[step.kind],
             "staging_reads": self._reads,
             "staging_steps": self._steps,
+            "staging_carried": self._carried,
             "feature_phases": lambda plan: phases_of(plan.staging.features),
             "feature_rows": lambda plan: rows_read(plan.staging.features),
         }
 
-    def _steps(self, plan: CorePlan, which: Literal["constant", "varying", "all"] = "all") -> list[Step]:
-        """The steps, but for operands that are read where they lie. constant: over the tokens."""
+    def _steps(self, plan: CorePlan, which: _Which = "all") -> list[Step]:
+        """The steps, but for operands that are read where they lie."""
         in_place = {operand.name for operand in staged_operands(plan) if operand.source is not None}
         steps = [step for step in self._staging.steps if step.name not in in_place]
-        return [step for step in steps if which == "all" or (step.name in self._varying) == (which == "varying")]
+        if which == "all":
+            return steps
+        if which == "constant":
+            return [step for step in steps if step.name not in self._varying]
+        varying = [step for step in steps if step.name in self._varying]
+        needed = set[str]()
+        for step in reversed(varying):
+            if step.axes or step.over or step.name in needed:
+                needed |= {step.name, *_variables([step])}
+        return [step for step in varying if (step.name in needed) == (which == "rows")]
 
-    def _reads(self, plan: CorePlan) -> list[Input]:
-        """The inputs that steps read."""
-        nodes = (node for step in self._steps(plan) for node in walk(step.value))
-        read = {node.name for node in nodes if isinstance(node, Variable)}
+    def _carried(self, plan: CorePlan) -> list[Step]:
+        """The numbers that come with steps of rows, and that others of a token read."""
+        read = _variables(self._steps(plan, "numbers"))
+        return [step for step in self._steps(plan, "rows") if step.name in read]
+
+    def _reads(self, plan: CorePlan, which: _Which = "all") -> list[Input]:
+        """The inputs that these steps read."""
+        read = _variables(self._steps(plan, which))
         return [x for x in self._staging.inputs if x.name in read]
 
     def _functions(self, plan: CorePlan) -> list[str]:
@@ -134,11 +151,16 @@ class StagingText:
         return called_functions(step.value for step in steps if isinstance(step, Step))
 
 
+def _variables(steps: Iterable[Step]) -> set[str]:
+    nodes = (node for step in steps for node in walk(step.value))
+    return {node.name for node in nodes if isinstance(node, Variable)}
+
+
 def _varying(staging: Staging) -> set[str]:
     """What differs between the tokens of a head."""
     varying = {x.name for x in staging.inputs if x.varies}
     for step in staging.steps:
-        if any(isinstance(node, Variable) and node.name in varying for node in walk(step.value)):
+        if varying & _variables([step]):
             varying.add(step.name)
     return varying
 
