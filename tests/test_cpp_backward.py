@@ -13,7 +13,8 @@ from error_rule import same_dtype_formula
 from formulas import VARIANTS, Problem, Sizes
 from gradients import Formula, assert_gradients, gradients
 from test_cpp_kernels import Guarded
-from test_examples import SHAPES, path_of
+from test_examples import FAMILIES, SHAPES, path_of
+from tiers import tiered
 from torch import Tensor
 
 from attncc.build import check
@@ -115,11 +116,7 @@ def check_example(name: str, dtype: torch.dtype, sizes: Sizes, arch: str) -> Non
     assert_gradients(found, gradients(formula(F64), arguments, do, dlse), gradients(formula(None), near, do, dlse))
 
 
-# One per family of plans in the quick tier.
-QUICK = {"causal", "alibi", "document_causal", "relative_bias", "attention_sink", "qk_norm", "relu_squared"}
-
-
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=SLOW) for name in VARIANTS])
+@pytest.mark.parametrize("name", tiered(FAMILIES.__contains__, VARIANTS))
 @pytest.mark.parametrize("dtype", [F32, pytest.param(BF16, marks=SLOW), pytest.param(F64, marks=SLOW)], ids=str)
 def test_examples(name: str, dtype: torch.dtype) -> None:
     check_example(name, dtype, Sizes(), NATIVE_ARCHS[0])
@@ -134,7 +131,7 @@ def test_examples_of_other_sizes(name: str, dtype: torch.dtype, shape: str) -> N
 
 
 @SLOW
-@pytest.mark.parametrize("name", sorted(QUICK))
+@pytest.mark.parametrize("name", sorted(FAMILIES))
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=str)
 @pytest.mark.parametrize("arch", NATIVE_ARCHS)
 def test_examples_on_every_machine(name: str, dtype: torch.dtype, arch: str) -> None:
@@ -278,9 +275,16 @@ def captured(name: str, dtype: torch.dtype, B: int, H: int, M: int, N: int) -> T
     return normal(*sizes[name], dtype=dtype, seed=11)
 
 
-@pytest.mark.parametrize("dtype", [F32, *(pytest.param(dtype, marks=SLOW) for dtype in (BF16, F16, F64))], ids=str)
-@pytest.mark.parametrize("multiplied", [False, True], ids=["added", "multiplied"])
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize(
+    ("name", "multiplied", "dtype"),
+    tiered(
+        lambda name, multiplied, dtype: dtype == F32 and (not multiplied or name in ("row", "plane")),
+        PLACES,
+        (False, True),
+        (F32, BF16, F16, F64),
+    ),
+    ids=str,
+)
 def test_captured_tensors(name: str, multiplied: bool, dtype: torch.dtype) -> None:
     term = load(name, *PLACES[name])
     score = op("mul", QK, term) if multiplied else op("add", QK, term)

@@ -12,7 +12,7 @@ from strategies import Attention, Call, cases
 
 # Each example is compiled: shrinking one would take longer than reading it.
 FEW = settings(
-    max_examples=12,
+    max_examples=16,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
@@ -25,8 +25,7 @@ def typed_cases(draw: st.DrawFn) -> tuple[Attention, Call]:
     return draw(cases(dtype=draw(st.sampled_from(DTYPES))))
 
 
-@pytest.mark.parametrize("arch", NATIVE_ARCHS)
-@given(case=typed_cases())
+@given(arch=st.sampled_from(NATIVE_ARCHS), case=typed_cases())
 @settings(FEW)
 def test_a_drawn_attention_is_what_it_means(arch: str, case: tuple[Attention, Call]) -> None:
     check(arch, *case)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +20,7 @@ from attncc.error_rule import compare
 from attncc.ir.types import DType
 from attncc.plan.nodes import Target
 from attncc.plan.recurrent import CorePlan
+from attncc.runtime.cache import folder as cache_folder
 from attncc.runtime.cpp_recurrent import CppCore, compile_core
 from attncc.runtime.recurrent_operands import Operands
 
@@ -31,7 +30,6 @@ SLOW = pytest.mark.slow
 ARCHS = pytest.mark.parametrize(
     "arch", [NATIVE_ARCHS[0], *(pytest.param(arch, marks=SLOW) for arch in NATIVE_ARCHS[1:])]
 )
-FOLDER = Path(tempfile.mkdtemp(prefix="attncc-recurrent-"))
 
 
 def plan_of(
@@ -49,7 +47,7 @@ def plan_of(
 
 @cache
 def compiled(plan: CorePlan) -> CppCore:
-    return compile_core(plan, (), FOLDER)
+    return compile_core(plan, (), cache_folder())
 
 
 def run(
@@ -116,7 +114,7 @@ def test_every_form(updates: str, side: str, before: bool, read: str, arch: str)
 
 @ARCHS
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize(("updates", "side"), [("delta", "scalar"), ("write", "key")], ids=str)
+@pytest.mark.parametrize(("updates", "side"), [("delta", "scalar"), pytest.param("write", "key", marks=SLOW)], ids=str)
 def test_types(updates: str, side: str, dtype: DType, arch: str) -> None:
     plan = plan_of(updates, side, dtype=dtype, arch=arch)
     check(plan, draw(plan, 70, batch=2), draw_state(plan, 2))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from formulas import VARIANTS, Problem, Sizes, Variant
+from tiers import tiered
 
 from attncc.build import build, check
 from attncc.eager import eager
@@ -37,6 +38,8 @@ SHAPES = {
 IMPOSSIBLE = {("relative_bias", "no keys")}
 
 VARIANT = pytest.mark.parametrize("name", VARIANTS)
+# One per family of plans.
+FAMILIES = {"causal", "alibi", "document_causal", "relative_bias", "attention_sink", "qk_norm", "relu_squared"}
 
 
 def path_of(name: str) -> Path:
@@ -120,8 +123,9 @@ def test_eager_formula(name: str, dtype: torch.dtype) -> None:
     assert (message := compare("o", found, oracle, plain)) is None, message
 
 
-@VARIANT
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"), tiered(lambda name, dtype: dtype == F32 or name in FAMILIES, VARIANTS, (F32, BF16)), ids=str
+)
 def test_cpp(name: str, dtype: torch.dtype) -> None:
     assert_kernel_right(name, CPP[0], dtype, ODD)
 

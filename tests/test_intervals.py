@@ -40,9 +40,19 @@ def test_bounds_hold_every_value(expr: Expr, scene: Scene, block_m: int, block_n
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data(), scenes(), blocks, blocks)
 def test_the_rule_of_each_operator(name: str, data: st.DataObject, scene: Scene, block_m: int, block_n: int) -> None:
+    assert_sound(data.draw(applications(name)), scene, block_m, block_n)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPERATORS)
+@settings(max_examples=200, deadline=None)
+@given(st.data(), scenes(), blocks, blocks)
+def test_the_rule_of_each_operator_many_times(
+    name: str, data: st.DataObject, scene: Scene, block_m: int, block_n: int
+) -> None:
     assert_sound(data.draw(applications(name)), scene, block_m, block_n)
 
 

@@ -183,9 +183,21 @@ def enclosed(kind: Kind) -> st.SearchStrategy[tuple[tuple[bool | float, bool | f
 
 
 @EVERY
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=50)
 @given(st.data())
 def test_interval_rules_are_sound(operator: Operator, overload: Signature, data: st.DataObject) -> None:
+    assert_sound(operator, overload, data)
+
+
+@pytest.mark.slow
+@EVERY
+@settings(deadline=None, max_examples=500)
+@given(st.data())
+def test_interval_rules_are_sound_many_times(operator: Operator, overload: Signature, data: st.DataObject) -> None:
+    assert_sound(operator, overload, data)
+
+
+def assert_sound(operator: Operator, overload: Signature, data: st.DataObject) -> None:
     drawn = [data.draw(enclosed(kind)) for kind in overload.arguments]
     bounds = tuple((Constant(low), Constant(high)) for (low, high), _ in drawn)
     result = operator.bounds(overload.arguments[-1], bounds)

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recurrent_formulas import FORMULAS
-from test_recurrent_calls import problem
+from test_recurrent_calls import FAMILIES, NARROW, problem
+from tiers import tiered
 from torch import Tensor
 
 import attncc
@@ -50,14 +51,14 @@ def run_in_parts(
     return torch.cat(outputs, 2), state
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", tiered(FAMILIES.__contains__, CAUSAL))
 @given(data=st.data())
 @settings(max_examples=6, deadline=None)
 def test_whole_parts_and_steps_are_the_same(name: str, data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=4))
     lengths = [*lengths[:-1], max(lengths[-1] - max(sum(lengths) - LONGEST, 0), 0)]
     tokens = sum(lengths)
-    attn, *rows, inputs = problem(name, F64, tokens=tokens, widths=(8, 12))
+    attn, *rows, inputs = problem(name, F64, tokens=tokens, widths=NARROW)
     assert not attn.attention.bidirectional
     leaves = [x.requires_grad_() for x in (*rows, *(y for y in inputs.values() if isinstance(y, Tensor)))]
 
@@ -99,7 +100,7 @@ LENGTHS = [2048, pytest.param(65_536, marks=pytest.mark.slow)]
 @pytest.mark.parametrize("kind", ["none", "slow", "fast", "mixed"])
 @pytest.mark.parametrize("name", ["gated_deltanet", "gla", "kimi_delta", "rwkv7"])
 def test_decays_of_every_size(name: str, kind: str, tokens: int) -> None:
-    attn, q, k, v, inputs = problem(name, torch.float32, tokens=tokens, widths=(8, 8), heads=1)
+    attn, q, k, v, inputs = problem(name, torch.float32, tokens=tokens, heads=1)
     rows = [x[:1] for x in (q, k, v)]
     inputs = {n: x[:1] for n, x in inputs.items()}
     decay = {"rwkv7": "w"}.get(name, "g")

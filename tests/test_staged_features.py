@@ -11,6 +11,7 @@ import pytest
 import torch
 from recurrent_formulas import FEATURE_FORMULAS
 from test_staging import staging_of
+from tiers import tiered
 from torch import Tensor
 
 import attncc
@@ -134,21 +135,27 @@ def test_features_of_every_sort(name: str, dtype: torch.dtype, heads: tuple[int,
 WIDTHS = [(16, 32), (7, 5), (33, 70), (1, 1)]
 
 
-OTHERS = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in (F16, F64)]
+HEADS = [(4, 4, 4), (4, 2, 2), (1, 2, 4), (2, 2, 2)]
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, *OTHERS], ids=str)
-@pytest.mark.parametrize("name", FEATURE_FORMULAS)
-def test_examples(name: str, dtype: torch.dtype) -> None:
+def is_quick(name: str, dtype: torch.dtype, widths: tuple[int, int]) -> bool:
+    """Whole vectors in f32, parts of them in bf16."""
+    return widths == {F32: (16, 32), BF16: (7, 5)}.get(dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "widths"), tiered(is_quick, FEATURE_FORMULAS, (F32, BF16, F16, F64), WIDTHS), ids=str
+)
+def test_examples(name: str, dtype: torch.dtype, widths: tuple[int, int]) -> None:
     torch.manual_seed(0)
     wide = torch.promote_types(dtype, F32)
-    for heads, (width, columns) in zip([(4, 4, 4), (4, 2, 2), (1, 2, 4), (2, 2, 2)], WIDTHS, strict=True):
-        attn = attncc.build(EXAMPLES / f"{name}.attn")
-        assert isinstance(attn, RecurrentAttention)
-        rows = [torch.randn(B, h, N, w).to(dtype) for h, w in zip(heads, (width, width, columns), strict=True)]
-        drawn = FEATURE_FORMULAS[name].draw(B, max(heads), N, width, columns, heads[1])
-        inputs = {n: (0.3 * x).to(wide) if isinstance(x, Tensor) else N for n, x in drawn.items()}
-        assert_staged_and_right(attn, rows, inputs)
+    heads, (width, columns) = HEADS[WIDTHS.index(widths)], widths
+    attn = attncc.build(EXAMPLES / f"{name}.attn")
+    assert isinstance(attn, RecurrentAttention)
+    rows = [torch.randn(B, h, N, w).to(dtype) for h, w in zip(heads, (width, width, columns), strict=True)]
+    drawn = FEATURE_FORMULAS[name].draw(B, max(heads), N, width, columns, heads[1])
+    inputs = {n: (0.3 * x).to(wide) if isinstance(x, Tensor) else N for n, x in drawn.items()}
+    assert_staged_and_right(attn, rows, inputs)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 16, 17])

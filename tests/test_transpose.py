@@ -51,9 +51,16 @@ def test_ranges_hold_every_kept_pair_and_their_full_parts_nothing_else(mask: Exp
     check(transposed_block_structure(mask), scene, block_n, pairs(mask, scene))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(solvable, scenes(), blocks)
 def test_ranges_of_predicates_that_can_be_solved(mask: Expr, scene: Scene, block_n: int) -> None:
+    check(transposed_block_structure(mask), scene, block_n, pairs(mask, scene))
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None)
+@given(solvable, scenes(), blocks)
+def test_ranges_of_many_predicates_that_can_be_solved(mask: Expr, scene: Scene, block_n: int) -> None:
     check(transposed_block_structure(mask), scene, block_n, pairs(mask, scene))
 
 
