@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from call_support import BF16, F16, F32, F64, SLOW, SPECS, TARGETS, assert_right, built, captured, operands
+from tiers import tiered
 from torch import Tensor
 
 import attncc
@@ -140,8 +141,11 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
-@TARGETS
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    tiered(lambda target, dtype: target == "cpp" or dtype == BF16, ("cpp", "triton:interpret"), (F32, BF16)),
+    ids=str,
+)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=[f.__name__.strip("_") for f in LAYOUTS])
 def test_layouts(target: str, dtype: torch.dtype, layout: Callable[[Tensor], Tensor]) -> None:
     """What lies between elements is never read, and how they lie never matters."""

@@ -141,18 +141,35 @@ def test_examples_on_every_machine(name: str, dtype: torch.dtype, arch: str) -> 
 # --- sizes and layouts ----------------------------------------------------------------------------------------------
 
 
+QUICK_WIDTHS = {F32: [(1, 1), (7, 3), (16, 24), (65, 17)], BF16: [(7, 3), (65, 17)]}
+
+
 @ARCHS
-@DTYPES
-@pytest.mark.parametrize(("D", "E"), [(1, 1), (7, 3), (16, 24), (65, 17), pytest.param(300, 260, marks=SLOW)])
-def test_any_width(D: int, E: int, dtype: torch.dtype, arch: str) -> None:
+@pytest.mark.parametrize(
+    ("widths", "dtype"),
+    tiered(
+        lambda widths, dtype: widths in QUICK_WIDTHS.get(dtype, []),
+        [(1, 1), (7, 3), (16, 24), (65, 17), (300, 260)],
+        (F32, BF16, F64, F16),
+    ),
+    ids=str,
+)
+def test_any_width(widths: tuple[int, int], dtype: torch.dtype, arch: str) -> None:
+    D, E = widths
     check_spec(CAUSAL_ONLY, *operands(dtype, D=D, E=E), arch=arch)
 
 
-@DTYPES
+MASKS = {"plain": PLAIN, "window": WINDOW, "bands": BANDS}
+
+
 @pytest.mark.parametrize(("M", "N"), [(1, 1), (1, 700), (33, 256), (40, 257), (64, 9), (513, 7), (5, 0), (0, 5)])
-@pytest.mark.parametrize("spec", [PLAIN, WINDOW, BANDS], ids=["plain", "window", "bands"])
-def test_any_length(spec: Attention, M: int, N: int, dtype: torch.dtype) -> None:
-    check_spec(spec, *operands(dtype, M=M, N=N))
+@pytest.mark.parametrize(
+    ("mask", "dtype"),
+    tiered(lambda mask, dtype: dtype == F32 or (dtype == BF16 and mask == "bands"), MASKS, (F32, BF16, F64, F16)),
+    ids=str,
+)
+def test_any_length(mask: str, M: int, N: int, dtype: torch.dtype) -> None:
+    check_spec(MASKS[mask], *operands(dtype, M=M, N=N))
 
 
 @pytest.mark.parametrize(("batch", "heads"), [(0, 2), (2, 0)])
@@ -224,18 +241,20 @@ def test_results_do_not_depend_on_threads(heads: int, length: int) -> None:
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
-@DTYPES
+NORMALIZERS = {
+    "elementwise": Elementwise(op("sigmoid", SCORE)),
+    "sum": Sum(op("exp", op("mul", SCORE, 0.5))),
+    "sink": Softmax(op("to_float", H)),
+}
+
+
 @pytest.mark.parametrize(
-    "normalizer",
-    [
-        Elementwise(op("sigmoid", SCORE)),
-        Sum(op("exp", op("mul", SCORE, 0.5))),
-        Softmax(Index("h") and op("to_float", H)),
-    ],
-    ids=["elementwise", "sum", "sink"],
+    ("name", "dtype"),
+    tiered(lambda name, dtype: dtype == F32 or (dtype == BF16 and name == "sum"), NORMALIZERS, (F32, BF16, F64, F16)),
+    ids=str,
 )
-def test_other_weights(normalizer: Any, dtype: torch.dtype) -> None:
-    check_spec(attention(normalizer=normalizer, mask=CAUSAL), *operands(dtype, M=150, N=140))
+def test_other_weights(name: str, dtype: torch.dtype) -> None:
+    check_spec(attention(normalizer=NORMALIZERS[name], mask=CAUSAL), *operands(dtype, M=150, N=140))
 
 
 @DTYPES

@@ -97,7 +97,7 @@ def permuted(
 # --- forms, machines, types, sizes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("updates", "side", "before", "read"), FORMS[::5], ids=str)
+@pytest.mark.parametrize(("updates", "side", "before", "read"), FORMS[::8], ids=str)
 def test_some_forms(updates: str, side: str, before: bool, read: str) -> None:
     plan = plan_of(updates, side, before, read)
     check(plan, draw(plan, 70), draw_state(plan, 1))

@@ -166,7 +166,7 @@ def test_types(updates: str, side: str, dtype: DType) -> None:
     check_gradients(plan, draw(plan, 150, batch=2), draw_state(plan, 2))
 
 
-@pytest.mark.parametrize("widths", [(1, 1), (33, 70), (128, 65)], ids=str)
+@pytest.mark.parametrize("widths", [(1, 1), (33, 70), pytest.param((128, 65), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize(
     ("updates", "side"), [("delta", "key"), pytest.param("write", "value", marks=pytest.mark.slow)], ids=str
 )

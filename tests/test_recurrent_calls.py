@@ -131,7 +131,7 @@ def test_nothing_gives_nothing(shape: tuple[int, int, int]) -> None:
     assert torch.equal(last, state)
 
 
-@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("name", tiered((FAMILIES | {"gated_delta_product"}).__contains__, FORMULAS))
 def test_gradients_of_every_example(name: str) -> None:
     attn, q, k, v, inputs = problem(name, F32, tokens=37)
     leaves = {n: x for n, x in inputs.items() if isinstance(x, Tensor)} | {"q": q, "k": k, "v": v}
