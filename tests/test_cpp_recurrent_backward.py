@@ -137,12 +137,12 @@ def test_every_form(updates: str, side: str, before: bool, read: str) -> None:
     ("updates", "side", "before", "read"),
     [
         ("write", "scalar", False, "post"),
-        ("write", "key", False, "pre"),
         ("write", "value", False, "post"),
-        ("delta", "scalar", False, "post"),
         ("delta", "key", False, "post"),
-        ("erase and write", "key", True, "post"),
         ("erase and write", "key", True, "pre"),
+        pytest.param("write", "key", False, "pre", marks=pytest.mark.slow),
+        pytest.param("delta", "scalar", False, "post", marks=pytest.mark.slow),
+        pytest.param("erase and write", "key", True, "post", marks=pytest.mark.slow),
     ],
     ids=str,
 )

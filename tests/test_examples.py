@@ -40,8 +40,11 @@ IMPOSSIBLE = {("relative_bias", "no keys")}
 VARIANT = pytest.mark.parametrize("name", VARIANTS)
 # One per family of plans.
 FAMILIES = {"causal", "alibi", "document_causal", "relative_bias", "attention_sink", "qk_norm", "relu_squared"}
-# Those whose backward kernels differ from another example's in a constant, or in the mask alone.
-ALIKE = {"yarn", "longrope", "cosine", "dilated_window", "strided", "document", "prefix_lm"}
+# Those whose backward kernels differ from another example's in a constant, or in a mask of positions alone.
+ALIKE = set(
+    "yarn longrope cosine dilated_window strided document prefix_lm bigbird longformer streaming_llm natten_2d"
+    " block_diffusion".split()
+)
 
 
 def path_of(name: str) -> Path:

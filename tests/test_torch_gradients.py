@@ -155,7 +155,7 @@ def test_modes_without_gradients() -> None:
 # --- who asks -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["cpp", "cpp:portable"])
+@pytest.mark.parametrize("target", ["cpp", pytest.param("cpp:portable", marks=pytest.mark.slow)])
 def test_gradcheck(target: str) -> None:
     attn = attncc.build(EVERYTHING.text, target=target)
     q, k, v = leaves(*(x[:1, :, :6, :4] for x in operands(dtype=torch.float64)))
