@@ -269,7 +269,7 @@ HARD = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [DType.F32, DType.F64], ids=str)
+@pytest.mark.parametrize("dtype", [DType.F32, pytest.param(DType.F64, marks=SLOW)], ids=str)
 @pytest.mark.parametrize(("updates", "side", "read"), HARD)
 def test_decays(updates: str, side: str, read: str, dtype: DType) -> None:
     plan = plan_of(updates, side, read=read, dtype=dtype)

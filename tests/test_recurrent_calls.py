@@ -70,7 +70,7 @@ def test_every_example(name: str, dtype: torch.dtype) -> None:
     assert_right(*problem(name, dtype))
 
 
-@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("name", tiered(FAMILIES.__contains__, FORMULAS))
 def test_a_sequence_may_be_split_and_resumed(name: str) -> None:
     attn, q, k, v, inputs = problem(name, F64, widths=NARROW)
     if attn.attention.bidirectional:
