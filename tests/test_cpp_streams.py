@@ -97,6 +97,21 @@ def test_earlier_tokens_of_the_chunk_keep_their_outputs(side: str, read: str, po
         rows[0, 0, CHUNK + 7, 1] = kept
 
 
+@pytest.mark.parametrize(("side", "read"), [("none", "post"), ("scalar", "pre"), ("key", "post"), ("value", "pre")])
+@pytest.mark.parametrize("width", [1, 20])
+def test_an_infinite_value_does_not_meet_what_fills_up_rows(side: str, read: str, width: int) -> None:
+    """Of a sum of infinities of one sign the zeros behind the last channel would make NaN."""
+    plan = plan_of("write", side, read=read, widths=(width, 40))
+    operands = draw(plan, 2 * CHUNK)
+    (value,) = operands.values
+    assert value is not None
+    value[0, 0, CHUNK + 7, 1] = torch.inf
+    positive = replace(operands, query=operands.query.abs() + 0.1, keys=(operands.keys[0].abs() + 0.1,))
+    o, state = check(plan, positive)
+    assert (o[0, 0, CHUNK + 8 :, 1] == torch.inf).all()
+    assert (state[0, 0, :, 1] == torch.inf).all()
+
+
 @pytest.mark.parametrize("arch", [NATIVE_ARCHS[0], "avx2"])
 @pytest.mark.parametrize(("side", "read"), [("scalar", "post"), ("key", "pre"), ("value", "post"), ("none", "pre")])
 def test_two_writes_of_a_token(side: str, read: str, arch: str) -> None:
