@@ -267,3 +267,41 @@ def test_what_only_other_calls_take(name: str, advice: str) -> None:
     rows = [torch.zeros(1, 1, 3, 4)] * 3
     with pytest.raises(attncc.CallError, match=advice):
         attn(*rows, **{name: None})
+
+
+@pytest.mark.parametrize("tokens", [33, 200])
+def test_states_of_bf16_rows_are_f32(tokens: int) -> None:
+    """What a decay multiplies was kept to 16 bits."""
+    text = LINEAR.replace("linear()", "retention(gamma: float[H])").replace("S +=", "S *= gamma[h]\n        S +=")
+    attn: Any = attncc.build(text)
+    q, k, v = (x.bfloat16() for x in rows(tokens))
+    gamma = torch.tensor([0.9, 0.97])
+    _, state = attn(q, k, v, gamma=gamma, return_state=True)
+    _, exact = attn.reference(q, k, v, gamma=gamma, return_state=True)
+    assert (state - exact).abs().max() < 5e-7 * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    "decay", ["sigmoid(g[b, h, t, :]) ** (1 / 8)", "sqrt(sigmoid(g[b, h, t, :]))", "exp(g[b, h, t, :]) ** 0.125"]
+)
+def test_roots_of_gates_that_underflow_have_gradients(decay: str) -> None:
+    """They went token by token, by a power of 0, whose slope is infinite."""
+    text = LINEAR.replace("linear()", "gated(g: float[B, H, N, D])")
+    attn: Any = attncc.build(text.replace("S +=", f"S *= ({decay})[:, None]\n        S +="))
+    q, k, v = rows(40)
+    generator = torch.Generator().manual_seed(3)
+    g = torch.randn(q.shape, generator=generator) - 3
+    g[0, 0, 5] = -110
+    found = torch.autograd.grad(attn(q, k, v, g=g.requires_grad_()).sum(), g)[0]
+    wide = g.detach().double().requires_grad_()
+    power = 0.5 if "sqrt" in decay else 0.125
+    root = wide if decay.startswith("exp") else torch.nn.functional.logsigmoid(wide)
+    state = torch.zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64)
+    for t in range(q.shape[2]):
+        kv = k[:, :, t, :, None].double() * v[:, :, t, None].double()
+        state = state * (power * root[:, :, t]).exp()[..., None] + kv
+        total = total + (q[:, :, t, None].double() @ state).sum()
+    (expected,) = torch.autograd.grad(total, wide)
+    assert found.isfinite().all()
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()

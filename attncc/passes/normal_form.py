@@ -256,6 +256,8 @@ def logarithm(expr: Expr) -> Expr:
             return Apply("log1p", (Apply("neg", (b,)),))
         case Apply(op="pow", args=(a, b)):
             return Apply("mul", (b, logarithm(a)))
+        case Apply(op="sqrt", args=(a,)):
+            return Apply("mul", (Constant(0.5), logarithm(a)))
         case Apply(op=op, args=(a,)) if op in _LOGARITHMS:
             return _LOGARITHMS[op](a)
         case _:
@@ -288,8 +290,12 @@ def logged(expr: Expr) -> Iterator[Logged]:
                     yield replace(arg, used=Apply("where", (choice, arg.used, Constant(1.0))))
         case Apply(op="pow", args=(Constant(value=a), _)) if a > 0:
             return
+        case Apply(op="pow", args=(a, Constant(value=exponent))) if exponent > 0 and not list(logged(a)):
+            return  # The base is above 0 where numbers of a type underflow, too.
         case Apply(op="pow", args=(a, _)):
             yield Logged(a, a, base=True)
+        case Apply(op="sqrt", args=(a,)):
+            yield from logged(a)
         case Apply(op=op) if op in _LOGARITHMS:
             return
         case _:
