@@ -67,6 +67,17 @@ def test_small_numbers_survive_growth(side: str) -> None:
 
 @FOLDING
 @READS
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
+def test_small_queries_survive_decays(side: str, read: str, dtype: DType) -> None:
+    """Times the decay of a chunk they would be no number of f32; what is read has the inverse."""
+    plan = plan_of("write", side, read=read, dtype=dtype)
+    operands = draw(plan, 2 * CHUNK)
+    small = replace(operands, query=(operands.query.double() * 1e-28).to(operands.query.dtype))
+    check(plan, decays(small, torch.full((2 * CHUNK,), -60 / CHUNK)), draw_state(plan, 1))
+
+
+@FOLDING
+@READS
 def test_what_overflows_only_folded(side: str, read: str) -> None:
     """A value of 1e30 is written where the chunk has decayed by 2^-60: by the last token, which no output may show."""
     plan = plan_of("write", side, read=read)
