@@ -50,7 +50,7 @@ def _core(form: NormalForm) -> Iterator[str]:
         does = "written and erased" if update.value and update.erase else "written" if update.value else "erased"
         yield f"           one product along a key, by which is {does}"
     for x in logged(form.decay):
-        yield f"but        token by token where {_text(x.value)} is not above 0, or, without a gradient, below 0"
+        yield f"but        token by token, slowly, where {_text(x.value)} < 0, or is 0 and has a gradient"
 
 
 def _lines(recurrence: Recurrence, form: NormalForm) -> Iterator[str]:

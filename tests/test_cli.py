@@ -32,6 +32,13 @@ def bad(tmp_path: Path) -> str:
     return str(path)
 
 
+def test_the_package_is_the_command() -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "attncc", "check", CAUSAL], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.endswith("ok\n")
+
+
 def test_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", CAUSAL, ALIBI]) == 0
     assert capsys.readouterr().out == f"{CAUSAL}: causal: ok\n{ALIBI}: alibi: ok\n"
