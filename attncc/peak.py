@@ -91,17 +91,26 @@ _BEST: dict[tuple[str, int], float] = {}
 def peak(dtype: torch.dtype, compiler: str) -> float:
     """Floating-point operations per second of all torch threads together, in the arithmetic that `dtype` computes in:
     pairs of bf16 where the machine has them, f32 for f16 and otherwise, f64 for f64."""
-    library = _library(compiler)
-    name = {torch.bfloat16: "run_bf16", torch.float64: "run_f64"}.get(dtype, "run_f32")
-    if getattr(library, name)(-1) == 0:
-        name = "run_f32"
+    run = _function(dtype, compiler)
     # Other work on the machine can only make it look slower: the best of all times counts.
-    key = name, torch.get_num_threads()
-    _BEST[key] = max(_BEST.get(key, 0.0), _rate(getattr(library, name)))
+    key = run.__name__, torch.get_num_threads()
+    _BEST[key] = max(_BEST.get(key, 0.0), _rate(run, _SECONDS, _TRIES))
     return _BEST[key]
 
 
-def _rate(run: ctypes._NamedFuncPointer) -> float:
+def current_peak(dtype: torch.dtype, compiler: str) -> float:
+    """Likewise at the clock of the moment, which on a shared machine may be a fifth below the best: to be measured in
+    turns with what is to be a share of it."""
+    return _rate(_function(dtype, compiler), _SECONDS / 8, 1)
+
+
+def _function(dtype: torch.dtype, compiler: str) -> ctypes._NamedFuncPointer:
+    library = _library(compiler)
+    name = {torch.bfloat16: "run_bf16", torch.float64: "run_f64"}.get(dtype, "run_f32")
+    return getattr(library, name if getattr(library, name)(-1) else "run_f32")
+
+
+def _rate(run: ctypes._NamedFuncPointer, lasting: float, tries: int) -> float:
     threads = torch.get_num_threads()
     # One thread's own processor time is not stretched by other work on the machine.
     clock = time.thread_time if threads == 1 else time.perf_counter
@@ -117,8 +126,8 @@ def _rate(run: ctypes._NamedFuncPointer) -> float:
                 list(pool.map(run, [rounds] * threads))
             return clock() - start
 
-        rounds = max(1, int(rounds * _SECONDS / min(seconds() for _ in range(2))))
-        return threads * rounds * operations / min(seconds() for _ in range(_TRIES))
+        rounds = max(1, int(rounds * lasting / min(seconds() for _ in range(2))))
+        return threads * rounds * operations / min(seconds() for _ in range(tries))
 
 
 @functools.cache
