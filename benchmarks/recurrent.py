@@ -4,8 +4,8 @@
 
 B1 H8 N8192 at D 64 and 128, f32 and bf16, beside PyTorch's chunks at the best of some settings, its loop over tokens,
 and SDPA. By default one thread's processor time is measured, which other work on the machine does not stretch. Times
-are of whole calls. Shares of the peak are those of the compiled kernels; the peak is measured in turns with them, since the
-clock of a machine varies. recurrent_cases.py says what is counted.
+are of whole calls. Shares of the peak are those of the compiled kernels; the peak is measured in turns with them, since
+clocks vary. recurrent_cases.py says what is counted.
 """
 
 from __future__ import annotations
