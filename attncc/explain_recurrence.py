@@ -50,7 +50,8 @@ def _core(form: NormalForm) -> Iterator[str]:
         does = "written and erased" if update.value and update.erase else "written" if update.value else "erased"
         yield f"           one product along a key, by which is {does}"
     for x in logged(form.decay):
-        yield f"but        token by token, slowly, where {_text(x.value)} < 0, or is 0 and has a gradient"
+        outside = "<= 0" if x.base else "< 0, or is 0 and has a gradient"
+        yield f"but        token by token, slowly, where {_text(x.value)} {outside}"
 
 
 def _lines(recurrence: Recurrence, form: NormalForm) -> Iterator[str]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from call_support import BF16, F16, F32, F64, INTERPRETED, SLOW, SPECS, TARGETS, built, captured, operands
 from cpp_support import NATIVE_ARCHS
-from tiers import tiered
+from tiers import by_type, tiered
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -61,11 +61,7 @@ NAMES = [name for name in SPECS if name not in ("chosen", "rates", "required", "
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    tiered(
-        lambda name, dtype: name in ("biased", "summed") or (dtype == F32 and name not in ALIKE),
-        NAMES,
-        (F32, BF16),
-    ),
+    by_type(NAMES, (F32, BF16), representative=("biased", "summed"), alike=ALIKE),
     ids=str,
 )
 def test_cpp(name: str, dtype: torch.dtype) -> None:

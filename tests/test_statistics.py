@@ -13,7 +13,7 @@ from call_support import BF16, F16, F32, F64, INTERPRETED, SPECS, TARGETS, built
 from cpp_support import NATIVE_ARCHS
 from formulas import VARIANTS
 from formulas import Sizes as CallSizes
-from tiers import tiered
+from tiers import by_type, tiered
 from torch import Tensor
 
 import attncc
@@ -73,11 +73,7 @@ def assert_right(
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    tiered(
-        lambda name, dtype: name in ("biased", "sink") or (dtype == F32 and name not in ALIKE),
-        NAMES,
-        (F32, BF16),
-    ),
+    by_type(NAMES, (F32, BF16), representative=("biased", "sink"), alike=ALIKE),
     ids=str,
 )
 def test_cpp(name: str, dtype: torch.dtype) -> None:

@@ -432,6 +432,7 @@ def _own_names(name: str) -> set[str]:
     tree = _tree(name)
     own = {node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx == "store"}
     own |= {node.target for node in tree.find_all(jinja2.nodes.Import)}
+    own |= {node.name for node in tree.find_all(jinja2.nodes.Macro)}
     includers = [file for file in FILES if name in meta.find_referenced_templates(_tree(file))]
     included = [
         file

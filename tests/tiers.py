@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import pytest
@@ -12,3 +12,12 @@ import pytest
 def tiered(quick: Callable[..., bool], *axes: Iterable[Any]) -> list[Any]:
     """Every combination of the axes as parameters; those for which `quick` is false are of the long tier."""
     return [pytest.param(*case, marks=() if quick(*case) else pytest.mark.slow) for case in itertools.product(*axes)]
+
+
+def by_type(
+    names: Iterable[str], dtypes: Iterable[Any], representative: Container[str], alike: Container[str]
+) -> list[Any]:
+    """Names in each type: representative ones quick in all, those alike to others in none, the rest in the first."""
+    return tiered(
+        lambda name, dtype: name in representative or (dtype == dtypes[0] and name not in alike), names, dtypes
+    )

@@ -188,14 +188,11 @@ class RowsInPlace:
 
     operand: str
     element: str
-    width: Literal["1", "D", "E"]
-
-
-_WIDTHS: Mapping[str, Literal["1", "D", "E"]] = {"scalar": "1", "key": "D", "value": "E"}
+    width: Literal["D", "E"]
 
 
 def rows_in_place(plan: CorePlan) -> list[RowsInPlace]:
-    """The operands that no steps make; of those that are the same rows, one."""
+    """The operands with channels that no steps make; of those that are the same rows, one."""
     element = ELEMENT_TYPES[plan.dtype]
     rows = [RowsInPlace("query", element, "D")]
     for update in (*known_updates(plan), *erasing_updates(plan)):
@@ -204,8 +201,8 @@ def rows_in_place(plan: CorePlan) -> list[RowsInPlace]:
             rows.append(RowsInPlace(update.value, element, "E"))
         if update.erase:
             rows.append(RowsInPlace(update.erase, element, "D"))
-    if plan.side != "none":
-        rows.append(RowsInPlace("log_decay", ELEMENT_TYPES[plan.state_dtype], _WIDTHS[plan.side]))
+    if plan.side in ("key", "value"):
+        rows.append(RowsInPlace("log_decay", ELEMENT_TYPES[plan.state_dtype], "D" if plan.side == "key" else "E"))
     if plan.staging is None:
         return rows
     sources = {x.source: x.name for x in reversed(staged_operands(plan)) if x.source in plan.staging.passed}
