@@ -101,7 +101,7 @@ def peak(dtype: torch.dtype, compiler: str) -> float:
 def current_peak(dtype: torch.dtype, compiler: str) -> float:
     """Likewise at the clock of the moment, which on a shared machine may be a fifth below the best: to be measured in
     turns with what is to be a share of it."""
-    return _rate(_function(dtype, compiler), _SECONDS / 8, 1)
+    return _rate(_function(dtype, compiler), _SECONDS / 40, 1)
 
 
 def _function(dtype: torch.dtype, compiler: str) -> ctypes._NamedFuncPointer:

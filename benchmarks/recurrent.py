@@ -4,8 +4,9 @@
 
 B1 H8 N8192 at D 64 and 128, f32 and bf16, beside PyTorch's chunks at the best of some settings, its loop over tokens,
 and SDPA. By default one thread's processor time is measured, which other work on the machine does not stretch. Times
-are of whole calls. Shares of the peak are those of the compiled kernels; the peak is measured in turns with them, since
-clocks vary. recurrent_cases.py says what is counted.
+are of whole calls, in turn. Shares of the peak are those of the compiled kernels, in calls that had the core to
+themselves: how quick its registers and caches are is measured before and after each. recurrent_cases.py says what is
+counted.
 """
 
 from __future__ import annotations
@@ -21,66 +22,75 @@ from typing import Any
 import recurrent_peers as peers
 import recurrent_scaling as scaling
 import torch
-from recurrent_cases import DTYPES, ROOT, VARIANTS, Case, KernelTime, chunk_of, keep_memory, operations, with_gradients
+from recurrent_cases import (
+    DTYPES,
+    LIMIT,
+    ROOT,
+    VARIANTS,
+    Best,
+    Case,
+    KernelTime,
+    Sample,
+    chunk_of,
+    keep_memory,
+    operations,
+    until_undisturbed,
+    with_gradients,
+)
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 from rich.table import Table
 
 from attncc.bench import machine
-from attncc.peak import current_peak, peak
-from attncc.runtime.cpp_toolchain import find_compiler
 from attncc.timing import alternate
 
 HEADS, LENGTH = 8, 8192
+UNDISTURBED = 9  # calls that had the core to themselves
 BACKWARD = ("mamba2", "gla", "gated_deltanet")
 CONTENDERS = {"chunked": "PyTorch, chunks", "token_loop": "PyTorch, tokens", "sdpa": "SDPA causal"}
 
 
-def measure(
-    variant: str, width: int, dtype: str, repeat: int, backward: bool, softmax: dict[Any, float]
-) -> dict[str, Any]:
-    """An example beside PyTorch's chunks, SDPA and, forward, its loop over tokens.
+class Cell:
+    """An example at a type and width beside PyTorch's chunks, SDPA and, forward, its loop over tokens. SDPA takes the
+    same for all examples, and is measured beside the first one."""
 
-    softmax: what SDPA took, which is the same for all examples, and measured beside the first one.
-    """
-    case = Case.draw(variant, dtype, 1, HEADS, LENGTH, width, gradients=backward)
+    def __init__(self, variant: str, width: int, dtype: str, backward: bool, softmax: bool) -> None:
+        self.case = case = Case.draw(variant, dtype, 1, HEADS, LENGTH, width, gradients=backward)
 
-    def run(function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        return with_gradients(function, case.leaves) if backward else function
+        def run(function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+            return with_gradients(function, case.leaves) if backward else function
 
-    setting = peers.quickest(lambda setting: run(lambda: case.chunked(setting))(), DTYPES[dtype])
-    case.check(setting)
-    own = KernelTime(run(case.call))
-    functions: dict[str, Callable[[], object]] = {"attncc": own, "chunked": run(lambda: case.chunked(setting))}
-    if not backward:
-        functions["token_loop"] = case.token_loop
-    same = width, dtype
-    if same not in softmax:
-        functions["sdpa"] = run(case.sdpa)
-    compiler, rates = find_compiler().command[0], list[float]()
-    functions["peak"] = lambda: rates.append(current_peak(DTYPES[dtype], compiler))
-    seconds = {name: timing.median for name, timing in alternate(functions, repeat, warmup=1).items()}
-    del seconds["peak"]
-    if "sdpa" in seconds:
-        softmax[same] = seconds["sdpa"]
-    # Kernels that follow the forward one are of the backward pass.
-    kernel = own.median(repeat, first=1 if backward else 0)
-    count = operations(variant, backward, chunk_of(case, backward), width, width) * HEADS * LENGTH
-    now = statistics.median(rates[-repeat:])
-    total = seconds.pop("attncc")
-    return {
-        "attention": variant,
-        "dtype": dtype,
-        "D": width,
-        "milliseconds": total * 1e3,
-        "kernel_milliseconds": kernel * 1e3,
-        "peak_share": count / kernel / now,
-        "peak_gflops": now / 1e9,
-        "best_peak_gflops": max(peak(DTYPES[dtype], compiler), *rates) / 1e9,
-        "chunk": chunk_of(case, backward),
-        "peer": {"chunk": setting[0], "products": str(setting[1]).removeprefix("torch.")},
-        "ratios": {name: taken / total for name, taken in {**seconds, "sdpa": softmax[same]}.items()},
-    }
+        setting = peers.quickest(lambda setting: run(lambda: case.chunked(setting))(), DTYPES[dtype])
+        case.check(setting)
+        self.about = {
+            "attention": variant, "dtype": dtype, "D": width, "chunk": chunk_of(case, backward),
+            "peer": {"chunk": setting[0], "products": str(setting[1]).removeprefix("torch.")},
+        }  # fmt: skip
+        self.operations = operations(variant, backward, chunk_of(case, backward), width, width) * HEADS * LENGTH
+        # Kernels that follow the forward one are of the backward pass.
+        self.own = KernelTime(run(case.call), DTYPES[dtype], first=1 if backward else 0)
+        self.contenders: dict[str, Callable[[], object]] = {"chunked": run(lambda: case.chunked(setting))}
+        if not backward:
+            self.contenders["token_loop"] = case.token_loop
+        if softmax:
+            self.contenders["sdpa"] = run(case.sdpa)
+
+    def row(self, seconds: dict[str, float], beside: list[Sample], best: Best) -> dict[str, Any]:
+        """seconds: what contenders took. beside: calls in turn with them. best: speeds of the core."""
+        total = statistics.median(sample.call for sample in beside)
+        alone = self.own.undisturbed(best)
+        kernel, peak = (
+            statistics.median(getattr(x, name) for x in alone or self.own.samples) for name in ("kernels", "peak")
+        )
+        return self.about | {
+            "milliseconds": total * 1e3,
+            "undisturbed": len(alone),
+            "kernel_milliseconds": kernel * 1e3,
+            "peak_gflops": peak / 1e9,
+            "peak_share": self.operations / kernel / peak,
+            "best_peak_gflops": best[self.own.dtype][0] / 1e9,
+            "ratios": {name: taken / total for name, taken in seconds.items()},
+        }
 
 
 def table(rows: list[dict[str, Any]], backward: bool) -> Table:
@@ -88,7 +98,8 @@ def table(rows: list[dict[str, Any]], backward: bool) -> Table:
     out = Table(title=f"{what}, B1 H{HEADS} N{LENGTH}: times faster than")
     names = [name for name in CONTENDERS if name in rows[0]["ratios"]]
     kernels = f"ms of {'the backward kernel' if backward else 'its kernel'}"
-    for heading in ("", "type", "D", "ms", *(CONTENDERS[name] for name in names), kernels, "share of peak"):
+    contenders = (CONTENDERS[name] for name in names)
+    for heading in ("", "type", "D", "ms", *contenders, kernels, "share of peak"):
         out.add_column(heading, justify="right" if heading else "left")
     for row in rows:
         out.add_row(
@@ -100,19 +111,35 @@ def table(rows: list[dict[str, Any]], backward: bool) -> Table:
 
 
 def grid(backward: bool, quick: bool, repeat: int) -> list[dict[str, Any]]:
-    variants = BACKWARD if backward else tuple(VARIANTS)
-    cells = list(itertools.product(variants, (64,) if quick else (64, 128), DTYPES))
-    name = "backward" if backward else "forward"
-    softmax: dict[Any, float] = {}
-    rows = [measure(*cell, repeat, backward, softmax) for cell in track(cells, description=name)]
-    Console(width=110).print(table(rows, backward))
+    """All cells take their turns together, and each has the machine's good and bad minutes alike."""
+    name, variants = ("backward", BACKWARD) if backward else ("forward", tuple(VARIANTS))
+    drawn = list(itertools.product(variants, (64,) if quick else (64, 128), DTYPES))
+    cells = [
+        Cell(*drawn_cell, backward, softmax=drawn_cell[0] == variants[0])
+        for drawn_cell in track(drawn, description=f"{name}: settings of PyTorch")
+    ]
+    turns: dict[str, Callable[[], object]] = {}
+    for i, cell in enumerate(cells):
+        for contender, function in cell.contenders.items():
+            turns |= {f"{i} {contender}": function, f"{i} {contender}, own": cell.own}
+    with Progress() as progress:
+        task = progress.add_task(name, total=repeat * len(turns))
+        timings = alternate(turns, repeat, warmup=1, tick=lambda _: progress.advance(task))
+    beside = [cell.own.samples[-repeat * len(cell.contenders) :] for cell in cells]
+    best = until_undisturbed([cell.own for cell in cells], UNDISTURBED, LIMIT, name)
+    softmax = {drawn[i][1:]: timings[f"{i} sdpa"].median for i, cell in enumerate(cells) if "sdpa" in cell.contenders}
+    rows = []
+    for i, cell in enumerate(cells):
+        seconds = {contender: timings[f"{i} {contender}"].median for contender in cell.contenders}
+        rows.append(cell.row({**seconds, "sdpa": softmax[drawn[i][1:]]}, beside[i], best))
+    Console(width=120).print(table(rows, backward))
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch; with 1, processor time is measured")
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="D 64 only, lengths up to 16,384")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs/crossover.png")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks/results/recurrent-cpu.json")

@@ -14,25 +14,33 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import statistics
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import recurrent_peers as peers
 import torch
+from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional
 
 import attncc
 from attncc.bench import chunk_of as products_of
+from attncc.peak import current_peak
 from attncc.plan.recurrent import gradient_of
 from attncc.runtime.cpp import CppKernel
+from attncc.runtime.cpp_toolchain import find_compiler
 from attncc.runtime.targets import resolve
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples" / "recurrent"
+# Of its best speeds, those of a core that nobody shares: a neighbour's thread on the same core takes a third and more
+# of the registers' rate, or of what the caches bring, while clocks alone vary by a sixth.
+ALONE = 0.78
+COPIES = 20
+LIMIT = 120.0  # seconds spent on calls that had the core to themselves
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 # The kind of state update of each variant that is compared with others.
 VARIANTS = {
@@ -148,32 +156,98 @@ def with_gradients(function: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -
     return both
 
 
-class KernelTime:
-    """How much of the time of calls passes within compiled kernels, by the clock of `attncc.timing`."""
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A call: its seconds, those within compiled kernels, and the lower of the core's speeds before and after it."""
 
-    def __init__(self, function: Callable[[], object]) -> None:
-        self.function = function
-        self.samples: list[list[float]] = []  # of each call, the seconds of its kernels in turn
+    call: float
+    kernels: float
+    peak: float  # operations per second of registers
+    copy: float  # bytes per second within the second cache
+
+
+class KernelTime:
+    """How long calls take, and how much of it passes within compiled kernels, by the clock of `attncc.timing`.
+
+    first: the first kernel of a call that counts.
+    """
+
+    def __init__(self, function: Callable[[], object], dtype: torch.dtype = torch.float32, first: int = 0) -> None:
+        self.function, self.dtype, self.first = function, dtype, first
+        self.samples: list[Sample] = []
 
     def __call__(self) -> None:
+        before = self._speeds()
+        start = _clock()
         with _timed_launches() as seconds:
             self.function()
-        self.samples.append(seconds)
+        call = _clock() - start
+        peak, copy = map(min, zip(before, self._speeds(), strict=True))
+        self.samples.append(Sample(call, sum(seconds[self.first :]), peak, copy))
 
-    def median(self, count: int, first: int = 0) -> float:
-        """Of the last `count` calls, the kernels from `first` on."""
-        return statistics.median(sum(seconds[first:]) for seconds in self.samples[-count:])
+    def _speeds(self) -> tuple[float, float]:
+        return current_peak(self.dtype, find_compiler().command[0]), _copy_speed()
+
+    def undisturbed(self, best: Best) -> list[Sample]:
+        """Calls that had the core to themselves, but for the first, which compiles."""
+        peak, copy = best[self.dtype]
+        return [x for x in self.samples[1:] if x.peak > ALONE * peak and x.copy > ALONE * copy]
+
+
+# The best of `peak` and `copy`, by the type of operands.
+Best = Mapping[torch.dtype, tuple[float, float]]
+
+
+def until_undisturbed(times: Collection[KernelTime], count: int, limit: float, what: str) -> Best:
+    """Further calls, all in turn, until of each at least `count` were undisturbed, or for `limit` seconds."""
+    end = time.monotonic() + limit
+    with Progress() as progress:
+        task = progress.add_task(f"{what}: undisturbed calls", total=len(times))
+        done = 0
+        while done < len(times) and time.monotonic() < end:
+            for own in times:
+                own()
+            best = _best(times)
+            done = sum(len(own.undisturbed(best)) >= count for own in times)
+            progress.update(task, completed=done)
+    return _best(times)
+
+
+def _best(times: Collection[KernelTime]) -> Best:
+    copy = max(sample.copy for own in times for sample in own.samples)
+    return {
+        dtype: (max(sample.peak for own in times if own.dtype == dtype for sample in own.samples), copy)
+        for dtype in {own.dtype for own in times}
+    }
+
+
+def _copy_speed() -> float:
+    """Bytes per second from one place in the second cache to another."""
+    source, target = _buffers()
+    target.copy_(source)
+    start = _clock()
+    for _ in range(COPIES):
+        target.copy_(source)
+    return COPIES * source.nbytes / (_clock() - start)
+
+
+@functools.cache
+def _buffers() -> tuple[Tensor, Tensor]:
+    return torch.ones(2**16), torch.empty(2**16)
+
+
+def _clock() -> float:
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 @contextlib.contextmanager
 def _timed_launches() -> Iterator[list[float]]:
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     launch, seconds = CppKernel.launch_packed, list[float]()
 
     def timed(kernel: CppKernel, block: bytes) -> None:
-        start = clock()
+        start = _clock()
         launch(kernel, block)
-        seconds.append(clock() - start)
+        seconds.append(_clock() - start)
 
     CppKernel.launch_packed = timed
     try:

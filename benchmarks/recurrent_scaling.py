@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import recurrent_peers as peers
 import torch
-from recurrent_cases import EXAMPLES, Case, KernelTime
+from recurrent_cases import EXAMPLES, LIMIT, Case, KernelTime, until_undisturbed
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -29,19 +31,28 @@ CROSSING = ("retnet", "mamba2", "gla", "gated_deltanet")
 
 
 def lengths(quick: bool, repeat: int) -> list[dict[str, Any]]:
-    """Time per token of every example, in f32: `drift` is the greatest over the least, less 1."""
-    rows: list[dict[str, Any]] = []
+    """Time per token of every example, in f32: `drift` is the greatest over the least, less 1.
+
+    All examples and lengths take their turns together, and only calls count that had the core to themselves.
+    """
+    counts = LENGTHS[:3] if quick else LENGTHS
     names = sorted(path.stem for path in EXAMPLES.glob("*.attn"))
-    for name in track(names, description="lengths"):
-        attn = attncc.build(EXAMPLES / f"{name}.attn")
-        assert isinstance(attn.attention, Recurrence)
-        functions = {n: KernelTime(_call(attn, n)) for n in (LENGTHS[:3] if quick else LENGTHS)}
-        timings = alternate({str(n): function for n, function in functions.items()}, repeat, warmup=1)
-        calls = {n: timings[str(n)].median / n * 1e6 for n in functions}
-        kernels = {n: function.median(repeat) / n * 1e6 for n, function in functions.items()}
+    functions = {
+        (name, n): KernelTime(_call(attncc.build(EXAMPLES / f"{name}.attn"), n))
+        for name, n in track(list(itertools.product(names, counts)), description="lengths: inputs")
+    }
+    best = until_undisturbed(functions.values(), repeat, LIMIT, "lengths")
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        samples = {n: functions[name, n].undisturbed(best) or functions[name, n].samples for n in counts}
+        calls, kernels = (
+            {n: statistics.median(getattr(x, what) for x in samples[n]) / n * 1e6 for n in counts}
+            for what in ("call", "kernels")
+        )
         rows.append({
             "attention": name, "microseconds": calls, "kernel_microseconds": kernels,
             "drift": _drift(calls), "kernel_drift": _drift(kernels),
+            "undisturbed": min(len(x) for x in samples.values()),
         })  # fmt: skip
     headings = [f"{n:,}" for n in rows[0]["microseconds"]]
     out = Table(
@@ -54,14 +65,21 @@ def lengths(quick: bool, repeat: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _call(attn: attncc.RecurrentAttention, length: int) -> Callable[[], object]:
+def _call(attn: attncc.Attention | attncc.RecurrentAttention, length: int) -> Callable[[], object]:
+    assert isinstance(attn.attention, Recurrence)
     generator = torch.Generator().manual_seed(0)
-    width = WIDTHS.get(attn.attention.name, WIDTH)
-    q, k = (torch.randn(1, HEADS, length, width, generator=generator) for _ in range(2))
-    v = torch.randn(1, HEADS, length, WIDTH, generator=generator)
+    q, k, v = _rows(length, WIDTHS.get(attn.attention.name, WIDTH))
     scalars = {p.name: length for p in attn.attention.scalars}
     inputs = {**scalars, **recurrent_tensors(attn.attention, q, k, v, scalars, generator)}
     return lambda: attn(q, k, v, **inputs)
+
+
+@functools.cache
+def _rows(length: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v, which examples have in common, since there are many of them."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, HEADS, length, width, generator=generator) for _ in range(2))
+    return q, k, torch.randn(1, HEADS, length, WIDTH, generator=generator)
 
 
 def _drift(times: dict[int, float]) -> float:
@@ -92,7 +110,10 @@ def steps(quick: bool, repeat: int) -> dict[str, Any]:
                 raise SystemExit(f"{variant}: steps of attncc and PyTorch are {apart:.1e} apart")
         timed = KernelTime(step)
         timings = alternate({"attncc": timed, "PyTorch": peer, **yardsticks}, repeat)
-        seconds, kernel = timings["attncc"].median, timed.median(repeat)
+        seconds, kernel = (
+            timings["attncc"].median,
+            statistics.median(sample.kernels for sample in timed.samples[-repeat:]),
+        )
         copied = min(timings[name].median for name in yardsticks)
         rows.append({
             "attention": variant, "D": width, "milliseconds": seconds * 1e3, "kernel_milliseconds": kernel * 1e3,
