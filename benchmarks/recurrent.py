@@ -12,6 +12,7 @@ counted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import statistics
@@ -34,6 +35,7 @@ from recurrent_cases import (
     chunk_of,
     keep_memory,
     operations,
+    quietest_core,
     until_undisturbed,
     with_gradients,
 )
@@ -42,7 +44,7 @@ from rich.progress import Progress, track
 from rich.table import Table
 
 from attncc.bench import machine
-from attncc.timing import alternate
+from attncc.timing import Timing, alternate
 
 HEADS, LENGTH = 8, 8192
 UNDISTURBED = 9  # calls that had the core to themselves
@@ -75,21 +77,20 @@ class Cell:
         if softmax:
             self.contenders["sdpa"] = run(case.sdpa)
 
-    def row(self, seconds: dict[str, float], beside: list[Sample], best: Best) -> dict[str, Any]:
-        """seconds: what contenders took. beside: calls in turn with them. best: speeds of the core."""
-        total = statistics.median(sample.call for sample in beside)
+    def row(self, others: dict[str, Timing], beside: list[Sample], best: Best) -> dict[str, Any]:
+        """others: what contenders took. beside: calls in turn with them. best: speeds of the core."""
+        total, least = statistics.median(x.call for x in beside), min(x.call for x in beside)
         alone = self.own.undisturbed(best)
-        kernel, peak = (
-            statistics.median(getattr(x, name) for x in alone or self.own.samples) for name in ("kernels", "peak")
-        )
+        samples = alone or self.own.samples
         return self.about | {
             "milliseconds": total * 1e3,
             "undisturbed": len(alone),
-            "kernel_milliseconds": kernel * 1e3,
-            "peak_gflops": peak / 1e9,
-            "peak_share": self.operations / kernel / peak,
+            "kernel_milliseconds": statistics.median(x.kernels for x in samples) * 1e3,
+            "peak_gflops": statistics.median(x.peak for x in samples) / 1e9,
+            "peak_share": statistics.median(self.operations / (x.kernels * x.peak) for x in samples),
             "best_peak_gflops": best[self.own.dtype][0] / 1e9,
-            "ratios": {name: taken / total for name, taken in seconds.items()},
+            "ratios": {name: timing.median / total for name, timing in others.items()},
+            "ratios_at_best": {name: timing.best / least for name, timing in others.items()},
         }
 
 
@@ -127,11 +128,11 @@ def grid(backward: bool, quick: bool, repeat: int) -> list[dict[str, Any]]:
         timings = alternate(turns, repeat, warmup=1, tick=lambda _: progress.advance(task))
     beside = [cell.own.samples[-repeat * len(cell.contenders) :] for cell in cells]
     best = until_undisturbed([cell.own for cell in cells], UNDISTURBED, LIMIT, name)
-    softmax = {drawn[i][1:]: timings[f"{i} sdpa"].median for i, cell in enumerate(cells) if "sdpa" in cell.contenders}
+    softmax = {drawn[i][1:]: timings[f"{i} sdpa"] for i, cell in enumerate(cells) if "sdpa" in cell.contenders}
     rows = []
     for i, cell in enumerate(cells):
-        seconds = {contender: timings[f"{i} {contender}"].median for contender in cell.contenders}
-        rows.append(cell.row({**seconds, "sdpa": softmax[drawn[i][1:]]}, beside[i], best))
+        others = {contender: timings[f"{i} {contender}"] for contender in cell.contenders}
+        rows.append(cell.row({**others, "sdpa": softmax[drawn[i][1:]]}, beside[i], best))
     Console(width=120).print(table(rows, backward))
     return rows
 
@@ -160,7 +161,8 @@ def main() -> None:
     about = {"machine": machine(), "torch_version": torch.__version__, "threads": arguments.threads}
     results = {**about, **{name: kept[name] for name in sections if name in kept}}
     for name in arguments.only:
-        results[name] = sections[name](arguments)
+        with contextlib.nullcontext() if name == "two_threads" else quietest_core():
+            results[name] = sections[name](arguments)
         # After each section: the later ones take minutes.
         arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"wrote {arguments.output}")
