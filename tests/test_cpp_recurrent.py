@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -287,6 +289,21 @@ def test_a_stroke_does_not_blur_what_follows(updates: str, side: str, read: str,
         operands.log_decay[:] = -0.01
         operands.log_decay[:, :, 5::20] = stroke
         check(plan, operands, draw_state(plan, 1))
+
+
+@pytest.mark.parametrize(("updates", "read", "width"), [("delta", "post", 20), ("erase and write", "pre", 32)])
+def test_small_readers_survive_decays_by_channel(updates: str, read: str, width: int) -> None:
+    """Times the decay of a chunk they would be no numbers of f32; what they read has the inverse."""
+    plan = plan_of(updates, "key", read=read, widths=(width, 40))
+    operands = draw(plan, 40)
+    assert operands.log_decay is not None
+    operands = replace(
+        operands,
+        query=operands.query * 1e-28,
+        erases=tuple(None if erase is None else erase * 1e-28 for erase in operands.erases),
+        log_decay=torch.full_like(operands.log_decay, -58 / 16 * math.log(2)),
+    )
+    check(plan, operands, draw_state(plan, 1))
 
 
 @pytest.mark.parametrize(("updates", "side", "read"), HARD)
