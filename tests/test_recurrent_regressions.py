@@ -184,6 +184,14 @@ def test_a_step_without_a_state_is_refused() -> None:
         attn.step(*rows(1), state=None)
 
 
+def test_a_step_names_its_state_as_it_was_given() -> None:
+    attn: Any = attncc.build(LINEAR)
+    q, k, v = rows(1)
+    with pytest.raises(attncc.CallError, match="`state`") as found:
+        attn.step(q, k, v, state=torch.zeros(*q.shape[:2], q.shape[3], v.shape[3] + 1))
+    assert "initial_state" not in str(found.value)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_values_between_vectors_in_memory(dtype: torch.dtype) -> None:
     """Values that are read where the caller has them were taken to begin where a vector may; that ended the process."""

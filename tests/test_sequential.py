@@ -21,7 +21,7 @@ from attncc.recurrent_reference import evaluate
 from attncc.runtime import sequential_gradient
 from attncc.runtime.arguments import Signature
 from attncc.runtime.recurrent import RecurrentAttention
-from attncc.runtime.recurrent_arguments import bind_recurrence
+from attncc.runtime.recurrent_arguments import GivenToRecurrence, bind_recurrence
 from attncc.runtime.sequential import SequentialKernels
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -238,7 +238,7 @@ def assert_ir_right(
     """Output, last state and gradients by the error rule; what is exact sets the standard by its own rounding."""
     verify_recurrence(recurrence)
     leaves = [x.requires_grad_() for x in (*rows, state)]
-    bound = bind_recurrence(Signature(recurrence), dict(zip("qkv", rows, strict=True)), state, None, 0, inputs)
+    bound = bind_recurrence(Signature(recurrence), GivenToRecurrence(*rows, state, None, 0, inputs))
     found = SequentialKernels(recurrence, target, ()).run(*rows, bound)
     exact = evaluate(recurrence, *rows, inputs, state)
     for what, a, b in zip(("o", "state"), found, exact, strict=True):

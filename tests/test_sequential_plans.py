@@ -30,7 +30,7 @@ from attncc.plan.nodes import Target
 from attncc.plan.sequential import SequentialPlan, plan_sequential
 from attncc.recurrent_reference import _token, at_token, evaluate, token_scope
 from attncc.runtime.arguments import Signature
-from attncc.runtime.recurrent_arguments import bind_recurrence
+from attncc.runtime.recurrent_arguments import GivenToRecurrence, bind_recurrence
 from attncc.runtime.sequential import SequentialKernels
 from attncc.runtime.triton_aot import compile_ahead
 
@@ -282,7 +282,8 @@ def assert_right(target: str, lines: Sequence[str]) -> None:
     recurrence = recurrence_of(*lines)
     verify_recurrence(recurrence)
     rows = {"q": Q.to(F32), "k": K.to(F32), "v": V.to(F32)}
-    bound = bind_recurrence(Signature(recurrence), rows, STATE.to(F32), None, 0, narrowed(GIVEN))
+    given_rows = GivenToRecurrence(*rows.values(), STATE.to(F32), None, 0, narrowed(GIVEN))
+    bound = bind_recurrence(Signature(recurrence), given_rows)
     found = SequentialKernels(recurrence, target, ()).run(*rows.values(), bound)
     exact = evaluate(recurrence, *rows.values(), narrowed(GIVEN), STATE.to(F32))
     assert found[0].shape == (2, H, N, E)

@@ -22,7 +22,7 @@ from attncc.reference import OutOfRange
 from attncc.runtime import refusals
 from attncc.runtime.arguments import DTYPES, Signature, preferred_dtype, stored_dtype
 from attncc.runtime.decays import Decays
-from attncc.runtime.recurrent_arguments import BoundRecurrence, bind_recurrence
+from attncc.runtime.recurrent_arguments import BoundRecurrence, GivenToRecurrence, bind_recurrence
 from attncc.runtime.recurrent_errors import RecurrenceNotTraced, WrongState
 from attncc.runtime.recurrent_kernels import RecurrentKernels
 from attncc.runtime.sequential import SequentialKernels
@@ -92,7 +92,7 @@ class RecurrentAttention:
         Raises CallError for arguments that do not fit, BuildError where no kernel can be made of it here.
         """
         q, k, v = cast_by_autocast(q, k, v)
-        bound = self._bound(q, k, v, extra, initial_state, cu_seqlens, q_offset, inputs)
+        bound = self._bound(extra, GivenToRecurrence(q, k, v, initial_state, cu_seqlens, q_offset, inputs))
         _refuse_tracing(q, k, v, bound)
         o, state = self._run(q, k, v, bound._replace(exact_state=return_state))
         return (o, state) if return_state else o
@@ -109,7 +109,7 @@ class RecurrentAttention:
         q, k, v = cast_by_autocast(q, k, v)
         if not _is_state(state):
             raise CallError(*refusals.kind_reasons({"state": state}, {"state": "(B, H, D, E)"}))
-        bound = self._bound(q, k, v, extra, state, None, q_offset, inputs)
+        bound = self._bound(extra, GivenToRecurrence(q, k, v, state, None, q_offset, inputs, "state"))
         _refuse_tracing(q, k, v, bound)
         reason = _not_in_place(self.attention, state, q)
         if reason:
@@ -135,7 +135,7 @@ class RecurrentAttention:
 
         Raises CallError for arguments that do not fit, and where a token reads outside a captured tensor.
         """
-        bound = self._bound(q, k, v, extra, initial_state, cu_seqlens, q_offset, inputs)
+        bound = self._bound(extra, GivenToRecurrence(q, k, v, initial_state, cu_seqlens, q_offset, inputs))
         offsets = None if bound.offsets is None else bound.offsets.tolist()
         try:
             o, state = recurrent_reference.evaluate(
@@ -196,20 +196,10 @@ class RecurrentAttention:
             return self.kernels.run(q, k, v, bound)
         return self._token_by_token.run(q, k, v, bound)
 
-    def _bound(
-        self,
-        q: Any,
-        k: Any,
-        v: Any,
-        extra: Sequence[Any],
-        initial_state: Any,
-        cu_seqlens: Any,
-        q_offset: Any,
-        inputs: dict[str, Any],
-    ) -> BoundRecurrence:
+    def _bound(self, extra: Sequence[Any], given: GivenToRecurrence) -> BoundRecurrence:
         if extra:
-            raise refusals.by_position(self._signature, extra, inputs)
-        return bind_recurrence(self._signature, {"q": q, "k": k, "v": v}, initial_state, cu_seqlens, q_offset, inputs)
+            raise refusals.by_position(self._signature, extra, given.inputs)
+        return bind_recurrence(self._signature, given)
 
 
 def _refuse_tracing(q: Tensor, k: Tensor, v: Tensor, bound: BoundRecurrence) -> None:

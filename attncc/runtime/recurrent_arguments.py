@@ -37,6 +37,23 @@ _ELSEWHERE = {
 }
 
 
+class GivenToRecurrence(NamedTuple):
+    """What a caller gives, and what `state` is called there. inputs: the specification's, by name."""
+
+    q: Any
+    k: Any
+    v: Any
+    state: Any
+    cu_seqlens: Any
+    q_offset: Any
+    inputs: Mapping[str, Any]
+    state_name: str = "initial_state"
+
+    @property
+    def operands(self) -> dict[str, Any]:
+        return {"q": self.q, "k": self.k, "v": self.v}
+
+
 class BoundRecurrence(NamedTuple):
     """Arguments that fit. tensors and scalars: the inputs of the specification by name. offsets: where each packed
     sequence begins, and the end of the last, int64 on the device of q; None where nothing is packed. exact_state: the
@@ -56,39 +73,25 @@ class BoundRecurrence(NamedTuple):
         return {**self.tensors, **self.scalars}
 
 
-def bind_recurrence(
-    signature: Signature,
-    operands: Mapping[str, Any],
-    initial_state: Any,
-    cu_seqlens: Any,
-    q_offset: Any,
-    inputs: Mapping[str, Any],
-) -> BoundRecurrence:
+def bind_recurrence(signature: Signature, given: GivenToRecurrence) -> BoundRecurrence:
     """The arguments in the form in which kernels take them. Raises CallError with every reason why they do not fit."""
-    arguments = signature, operands, initial_state, cu_seqlens, q_offset, inputs
     try:
-        return _bound(*arguments)
+        return _bound(signature, given)
     except (Mismatch, AttributeError, TypeError, ValueError, KeyError, OverflowError, RuntimeError):
-        reasons = list(_reasons(*arguments))
+        reasons = list(_reasons(signature, given))
         if not reasons:
             raise
         raise CallError(*reasons) from None
 
 
-def _bound(
-    signature: Signature,
-    operands: Mapping[str, Any],
-    initial_state: Any,
-    cu_seqlens: Any,
-    q_offset: Any,
-    inputs: Mapping[str, Any],
-) -> BoundRecurrence:
+def _bound(signature: Signature, given: GivenToRecurrence) -> BoundRecurrence:
     """As `bind_recurrence`, with no more comparisons than it takes: of a step of a small state they are most of the
     time. Raises `Mismatch`, or what Python and PyTorch say of such arguments, where they do not fit."""
     recurrence = signature.attention
     assert isinstance(recurrence, Recurrence)
-    sizes = _agreed_sizes(operands["q"], operands["k"], operands["v"], recurrence.bidirectional)
-    device, offset = operands["q"].device, python_number(q_offset)
+    q, k, v, state, cu_seqlens, q_offset, inputs, _ = given
+    sizes = _agreed_sizes(q, k, v, recurrence.bidirectional)
+    device, offset = q.device, python_number(q_offset)
     if type(offset) is not int or not -MAX_LENGTH <= offset <= MAX_LENGTH:
         raise Mismatch
     offsets = None
@@ -98,20 +101,20 @@ def _bound(
         ):
             raise Mismatch
         offsets = cu_seqlens.to(device=device, dtype=torch.int64).contiguous()
-    if initial_state is not None:
+    if state is not None:
         sequences = sizes.B if offsets is None else len(offsets) - 1
         if (
-            initial_state.shape != state_shape(recurrence, sizes, sequences)
-            or initial_state.dtype not in OPERAND_DTYPES
-            or initial_state.device != device
-            or initial_state.layout is not torch.strided
+            state.shape != state_shape(recurrence, sizes, sequences)
+            or state.dtype not in OPERAND_DTYPES
+            or state.device != device
+            or state.layout is not torch.strided
         ):
             raise Mismatch
     tensors = {p.name: signature.tensor(p, inputs[p.name], sizes, device) for p in signature.tensors}
     scalars = {p.name: signature.scalar(p, inputs.get(p.name, p.default)) for p in signature.scalars}
     if len(inputs) > len(tensors) + sum(p.name in inputs for p in signature.scalars):
         raise Mismatch
-    return BoundRecurrence(sizes, offset, tensors, scalars, initial_state, offsets)
+    return BoundRecurrence(sizes, offset, tensors, scalars, state, offsets)
 
 
 def _agreed_sizes(q: Tensor, k: Tensor, v: Tensor, bidirectional: bool) -> Sizes:
@@ -151,14 +154,8 @@ def state_shape(recurrence: Recurrence, sizes: Sizes, sequences: int) -> tuple[i
     return sequences, sizes.H, width, sizes.E + (recurrence.normalizer == "sum")
 
 
-def _reasons(
-    signature: Signature,
-    operands: Mapping[str, Any],
-    initial_state: Any,
-    cu_seqlens: Any,
-    q_offset: Any,
-    inputs: Mapping[str, Any],
-) -> Iterator[Diagnostic]:
+def _reasons(signature: Signature, given: GivenToRecurrence) -> Iterator[Diagnostic]:
+    operands, cu_seqlens, inputs = given.operands, given.cu_seqlens, given.inputs
     tensors = {name: value for name, value in operands.items() if isinstance(value, Tensor)}
     sound = {name: value for name, value in tensors.items() if refusals.is_dense(value) and value.dim() == 4}
     assert isinstance(signature.attention, Recurrence)
@@ -172,13 +169,13 @@ def _reasons(
     yield from refusals.scalar_reasons(signature, inputs)
     device = tensors["q"].device if "q" in tensors else None
     yield from refusals.captured_reasons(signature, sizes, inputs, device)
-    yield from _offset_reasons(q_offset)
+    yield from _offset_reasons(given.q_offset)
     packed = list(_packing_reasons(cu_seqlens, sizes, signature.attention.name, bidirectional=bidirectional))
     yield from packed
-    if initial_state is not None and not packed:
+    if given.state is not None and not packed:
         sequences = None if sizes is None else sizes.B if cu_seqlens is None else len(cu_seqlens) - 1
         shape = None if sizes is None or sequences is None else state_shape(signature.attention, sizes, sequences)
-        yield from _state_reasons(initial_state, shape, tensors.get("q"))
+        yield from _state_reasons(given.state_name, given.state, shape, tensors.get("q"))
 
 
 def _shape_reasons(sound: Mapping[str, Tensor], bidirectional: bool) -> Iterator[Diagnostic]:
@@ -200,8 +197,7 @@ def _shape_reasons(sound: Mapping[str, Tensor], bidirectional: bool) -> Iterator
             yield RecurrentHeads(None, name, found, heads)
 
 
-def _state_reasons(state: Any, shape: tuple[int, ...] | None, q: Tensor | None) -> Iterator[Diagnostic]:
-    name = "initial_state"
+def _state_reasons(name: str, state: Any, shape: tuple[int, ...] | None, q: Tensor | None) -> Iterator[Diagnostic]:
     kinds = list(refusals.kind_reasons({name: state}, {name: "(B, H, D, E)"}))
     yield from kinds
     if kinds:
