@@ -249,6 +249,23 @@ def test_explain_prints_the_normal_form(capsys: pytest.CaptureFixture[str], tmp_
     assert "bounded.attn:3:13: tanh(S)" in out
 
 
+@pytest.mark.parametrize(
+    ("gate", "when"),
+    [
+        ("g[b, h, t]", "g[b, h, t] < 0, or is 0 and has a gradient"),
+        ("(2 * g[b, h, t]) ** (0.125 * g[b, h, t])", "2.0 * g[b, h, t] <= 0"),
+    ],
+)
+def test_explain_says_which_decays_are_slow(
+    gate: str, when: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "gated.attn"
+    statements = f"        S *= {gate}\n        S += outer(k, v)\n        out = q @ S\n"
+    path.write_text(f"attention gated(g: float[B, H, N]):\n    recurrence:\n{statements}", encoding="utf-8")
+    assert main(["explain", str(path)]) == 0
+    assert f"token by token, slowly, where {when}\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("stage", ["ast", "ir"])
 def test_the_front_stages_are_printed(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["emit", str(EXAMPLES / "retnet.attn"), "--stage", stage]) == 0
