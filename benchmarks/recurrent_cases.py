@@ -212,6 +212,10 @@ def until_undisturbed(times: Collection[KernelTime], count: int, limit: float, w
             best = _best(times)
             done = sum(len(own.undisturbed(best)) >= count for own in times)
             progress.update(task, completed=done)
+    if done < len(times):
+        few = f"{len(times) - done} of {len(times)}"
+        print(f"{what}: {few} had fewer than {count} undisturbed calls in {limit:.0f} s, and where there was none, all")
+        print("count. On a quieter machine, --only measures this section again.")
     return _best(times)
 
 
