@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 import os
 import statistics
 import time
@@ -171,10 +172,11 @@ class Sample:
 class KernelTime:
     """How long calls take, and how much of it passes within compiled kernels, by the clock of `attncc.timing`.
 
-    first: the first kernel of a call that counts.
+    dtype: of the operands, where the speed of the core around calls is wanted. first: the first kernel of a call that
+    counts.
     """
 
-    def __init__(self, function: Callable[[], object], dtype: torch.dtype = torch.float32, first: int = 0) -> None:
+    def __init__(self, function: Callable[[], object], dtype: torch.dtype | None = None, first: int = 0) -> None:
         self.function, self.dtype, self.first = function, dtype, first
         self.samples: list[Sample] = []
 
@@ -188,6 +190,8 @@ class KernelTime:
         self.samples.append(Sample(call, sum(seconds[self.first :]), peak, copy))
 
     def _speeds(self) -> tuple[float, float]:
+        if self.dtype is None:
+            return math.nan, math.nan
         return current_peak(self.dtype, find_compiler().command[0]), _copy_speed()
 
     def undisturbed(self, best: Best) -> list[Sample]:
@@ -197,7 +201,7 @@ class KernelTime:
 
 
 # The best of `peak` and `copy`, by the type of operands.
-Best = Mapping[torch.dtype, tuple[float, float]]
+Best = Mapping[torch.dtype | None, tuple[float, float]]
 
 
 def until_undisturbed(times: Collection[KernelTime], count: int, limit: float, what: str) -> Best:

@@ -12,7 +12,7 @@ from typing import Any
 
 import recurrent_peers as peers
 import torch
-from recurrent_cases import EXAMPLES, LIMIT, Case, KernelTime, until_undisturbed
+from recurrent_cases import EXAMPLES, Case, KernelTime
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -33,43 +33,35 @@ CROSSING = ("retnet", "mamba2", "gla", "gated_deltanet")
 def lengths(quick: bool, repeat: int) -> list[dict[str, Any]]:
     """Time per token of every example, in f32: `drift` is the greatest over the least, less 1.
 
-    All examples and lengths take their turns together. Only calls count that had the core to themselves, and times are
-    as if it had always had its best clock; beside that, the least of all.
+    An example's lengths follow one another within a second. Each turn counts by how its lengths compare, whatever the
+    machine's mood is by then.
     """
     counts = LENGTHS[:3] if quick else LENGTHS
     names = sorted(path.stem for path in EXAMPLES.glob("*.attn"))
     functions = {
-        (name, n): KernelTime(_call(attncc.build(EXAMPLES / f"{name}.attn"), n))
-        for name, n in track(list(itertools.product(names, counts)), description="lengths: inputs")
+        name: {n: KernelTime(_call(attncc.build(EXAMPLES / f"{name}.attn"), n)) for n in counts}
+        for name in track(names, description="lengths: inputs")
     }
-    best = until_undisturbed(functions.values(), repeat, LIMIT, "lengths")
-    peak, _ = best[torch.float32]
+    for _ in track(range(4 * repeat + 1), description="lengths"):
+        for calls in functions.values():
+            for call in calls.values():
+                call()
     rows: list[dict[str, Any]] = []
-    for name in names:
-        samples = {n: functions[name, n].undisturbed(best) or functions[name, n].samples for n in counts}
-        calls, kernels = (
-            {n: statistics.median(getattr(x, what) * x.peak / peak for x in samples[n]) / n * 1e6 for n in counts}
-            for what in ("call", "kernels")
-        )
-        least = {n: min(x.kernels for x in functions[name, n].samples) / n * 1e6 for n in counts}
+    for name, calls in functions.items():
+        # The first turn compiles.
+        times = {n: [(x.call / n, x.kernels / n) for x in call.samples[1:]] for n, call in calls.items()}
+        whole, kernels = (_per_token({n: [x[i] for x in turns] for n, turns in times.items()}) for i in range(2))
         rows.append({
-            "attention": name, "undisturbed": min(len(x) for x in samples.values()),
-            "microseconds": calls, "kernel_microseconds": kernels, "least_kernel_microseconds": least,
-            "drift": _drift(calls), "kernel_drift": _drift(kernels), "least_kernel_drift": _drift(least),
+            "attention": name, "microseconds": whole, "kernel_microseconds": kernels,
+            "drift": _drift(whole), "kernel_drift": _drift(kernels),
         })  # fmt: skip
     headings = [f"{n:,}" for n in rows[0]["microseconds"]]
     out = Table(
-        "",
-        *headings,
-        "drift",
-        "of its kernel",
-        "of its least times",
-        title=f"Microseconds per token, B1 H{HEADS} D{WIDTH} f32, by length",
+        "", *headings, "drift", "of its kernel", title=f"Microseconds per token, B1 H{HEADS} D{WIDTH} f32, by length"
     )
     for row in rows:
         times = (f"{x:.2f}" for x in row["microseconds"].values())
-        drifts = (f"{row[name]:.0%}" for name in ("drift", "kernel_drift", "least_kernel_drift"))
-        out.add_row(row["attention"], *times, *drifts)
+        out.add_row(row["attention"], *times, f"{row['drift']:.0%}", f"{row['kernel_drift']:.0%}")
     Console(width=110).print(out)
     return rows
 
@@ -89,6 +81,13 @@ def _rows(length: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, HEADS, length, width, generator=generator) for _ in range(2))
     return q, k, torch.randn(1, HEADS, length, WIDTH, generator=generator)
+
+
+def _per_token(seconds: dict[int, list[float]]) -> dict[int, float]:
+    """Microseconds by length, of seconds by length and turn: the median turn, times how a length compares with it."""
+    middle = [statistics.median(turn) for turn in zip(*seconds.values(), strict=True)]
+    ratios = {n: statistics.median(x / m for x, m in zip(turns, middle, strict=True)) for n, turns in seconds.items()}
+    return {n: ratio * statistics.median(middle) * 1e6 for n, ratio in ratios.items()}
 
 
 def _drift(times: dict[int, float]) -> float:

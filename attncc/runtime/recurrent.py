@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,7 @@ class RecurrentAttention:
             # Whatever has no logarithm leaves a NaN in the state, which stays there. To look for one takes less time
             # than to look at the decays of all tokens.
             o, state = self.kernels.run(q, k, v, bound)
-            if not state.detach().sum().isnan() or self._have_logarithms(q, k, v, bound):
+            if not math.isnan(state.detach().sum().item()) or self._have_logarithms(q, k, v, bound):
                 return o, state
         elif self._have_logarithms(q, k, v, bound):
             return self.kernels.run(q, k, v, bound)
