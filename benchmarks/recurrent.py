@@ -82,13 +82,13 @@ class Cell:
         total, least = statistics.median(x.call for x in beside), min(x.call for x in beside)
         alone = self.own.undisturbed(best)
         samples = alone or self.own.samples
+        kernel, (peak, _) = statistics.median(x.kernels for x in samples), best[self.own.dtype]
         return self.about | {
             "milliseconds": total * 1e3,
             "undisturbed": len(alone),
-            "kernel_milliseconds": statistics.median(x.kernels for x in samples) * 1e3,
-            "peak_gflops": statistics.median(x.peak for x in samples) / 1e9,
-            "peak_share": statistics.median(self.operations / (x.kernels * x.peak) for x in samples),
-            "best_peak_gflops": best[self.own.dtype][0] / 1e9,
+            "kernel_milliseconds": kernel * 1e3,
+            "peak_gflops": peak / 1e9,
+            "peak_share": self.operations / kernel / peak,
             "ratios": {name: timing.median / total for name, timing in others.items()},
             "ratios_at_best": {name: timing.best / least for name, timing in others.items()},
         }
