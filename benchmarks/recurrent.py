@@ -6,7 +6,7 @@ B1 H8 N8192 at D 64 and 128, f32 and bf16, beside PyTorch's chunks at the best o
 and SDPA. By default one thread's processor time is measured, which other work on the machine does not stretch. Times
 are of whole calls, in turn. Shares of the peak are those of the compiled kernels, in calls that had the core to
 themselves: how quick its registers and caches are is measured before and after each. recurrent_cases.py says what is
-counted.
+counted. Tensors lie in large pages, for all alike, where the system has them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch asks for it before its first tensor
 
 import recurrent_peers as peers
 import recurrent_scaling as scaling
@@ -34,6 +37,7 @@ from recurrent_cases import (
     Sample,
     chunk_of,
     keep_memory,
+    large_pages,
     operations,
     quietest_core,
     until_undisturbed,
@@ -159,6 +163,7 @@ def main() -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
     about = {"machine": machine(), "torch_version": torch.__version__, "threads": arguments.threads}
+    about["large_pages"] = large_pages()
     results = {**about, **{name: kept[name] for name in sections if name in kept}}
     for name in arguments.only:
         with contextlib.nullcontext() if name == "two_threads" else quietest_core():
