@@ -1,8 +1,10 @@
-"""What all tests share: golden files."""
+"""What all tests share: golden files, and which cases of a test are of the quick tier."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections import defaultdict
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +27,21 @@ class Golden(Protocol):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write golden files instead of comparing with them")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the quick cases of a test that is marked `representative(n)`, all but n go to the long tier. Which ones stay
+    is drawn, and always the same: cases that follow one another have much in common."""
+    cases: defaultdict[tuple[str, int], list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        marker = item.get_closest_marker("representative")
+        if marker is not None and item.get_closest_marker("slow") is None:
+            cases[item.nodeid.partition("[")[0], marker.args[0]].append(item)
+    for (_, count), quick in cases.items():
+        quick.sort(key=lambda item: hashlib.sha256(item.nodeid.encode()).digest())
+        for item in quick[count:]:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

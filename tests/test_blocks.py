@@ -270,6 +270,7 @@ SHAPES = [(32, 32), (29, 37), (1, 40), (37, 21)]
 TILES = [(1, 1), (4, 4), (8, 4), (4, 16), (7, 5)]
 
 
+@pytest.mark.representative(12)
 @pytest.mark.parametrize("mask", BOUNDS.values(), ids=BOUNDS.keys())
 def test_bounds(mask: Expr) -> None:
     structure = block_structure(mask)

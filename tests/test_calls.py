@@ -18,6 +18,7 @@ import attncc
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.representative(15)
 @TARGETS
 @pytest.mark.parametrize("spec", ["plain", "window", "documents", "sigmoid", "summed", "sink", "rows", "slopes"])
 @pytest.mark.parametrize(
@@ -141,6 +142,7 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.representative(5)
 @pytest.mark.parametrize(
     ("target", "dtype"),
     tiered(lambda target, dtype: target == "cpp" or dtype == BF16, ("cpp", "triton:interpret"), (F32, BF16)),

@@ -22,6 +22,7 @@ POISONS = pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf], ids
 MASKED_SPECS = pytest.mark.parametrize("spec", ["causal", "window", "documents", "sigmoid", "summed", "sink", "rows"])
 
 
+@pytest.mark.representative(25)
 @pytest.mark.parametrize(
     ("target", "dtype"),
     [("cpp", F32), ("cpp", BF16), ("cpp:portable", F32), pytest.param("cpp:avx2", F16, marks=SLOW)],

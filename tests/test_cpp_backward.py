@@ -116,6 +116,7 @@ def check_example(name: str, dtype: torch.dtype, sizes: Sizes, arch: str) -> Non
     assert_gradients(found, gradients(formula(F64), arguments, do, dlse), gradients(formula(None), near, do, dlse))
 
 
+@pytest.mark.representative(4)
 @pytest.mark.parametrize("name", tiered(FAMILIES.__contains__, VARIANTS))
 @pytest.mark.parametrize("dtype", [F32, pytest.param(BF16, marks=SLOW), pytest.param(F64, marks=SLOW)], ids=str)
 def test_examples(name: str, dtype: torch.dtype) -> None:
@@ -144,6 +145,7 @@ def test_examples_on_every_machine(name: str, dtype: torch.dtype, arch: str) -> 
 QUICK_WIDTHS = {F32: [(1, 1), (7, 3), (16, 24), (65, 17)], BF16: [(7, 3), (65, 17)]}
 
 
+@pytest.mark.representative(3)
 @ARCHS
 @pytest.mark.parametrize(
     ("widths", "dtype"),
@@ -162,6 +164,7 @@ def test_any_width(widths: tuple[int, int], dtype: torch.dtype, arch: str) -> No
 MASKS = {"plain": PLAIN, "window": WINDOW, "bands": BANDS}
 
 
+@pytest.mark.representative(12)
 @pytest.mark.parametrize(("M", "N"), [(1, 1), (1, 700), (33, 256), (40, 257), (64, 9), (513, 7), (5, 0), (0, 5)])
 @pytest.mark.parametrize(
     ("mask", "dtype"),
@@ -248,6 +251,7 @@ NORMALIZERS = {
 }
 
 
+@pytest.mark.representative(2)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     tiered(lambda name, dtype: dtype == F32 or (dtype == BF16 and name == "sum"), NORMALIZERS, (F32, BF16, F64, F16)),
@@ -294,6 +298,7 @@ def captured(name: str, dtype: torch.dtype, B: int, H: int, M: int, N: int) -> T
     return normal(*sizes[name], dtype=dtype, seed=11)
 
 
+@pytest.mark.representative(4)
 @pytest.mark.parametrize(
     ("name", "multiplied", "dtype"),
     tiered(

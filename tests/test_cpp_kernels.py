@@ -100,6 +100,7 @@ def test_rows_may_lie_anywhere(D: int, dtype: torch.dtype) -> None:
     assert torch.equal(lse, lse2)
 
 
+@pytest.mark.representative(4)
 @ARCHS
 @DTYPES
 @pytest.mark.parametrize("at_end", [True, False])
@@ -141,6 +142,7 @@ def load(tensor: str, *indices: object, kind: Kind = Kind.FLOAT) -> Load:
 # --- what pairs may read --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.representative(4)
 @ARCHS
 @DTYPES
 @pytest.mark.parametrize("element", FLOATS, ids=str)

@@ -99,6 +99,7 @@ def permuted(
 # --- forms, machines, types, sizes -----------------------------------------------------------------------------------
 
 
+@pytest.mark.representative(4)
 @pytest.mark.parametrize(("updates", "side", "before", "read"), FORMS[::8], ids=str)
 def test_some_forms(updates: str, side: str, before: bool, read: str) -> None:
     plan = plan_of(updates, side, before, read)
@@ -122,6 +123,7 @@ def test_types(updates: str, side: str, dtype: DType, arch: str) -> None:
     check(plan, draw(plan, 70, batch=2), draw_state(plan, 2))
 
 
+@pytest.mark.representative(4)
 @ARCHS
 @pytest.mark.parametrize("widths", [(1, 1), (7, 3), (33, 70), (64, 64), (128, 65), (256, 20), (20, 300)], ids=str)
 def test_widths(widths: tuple[int, int], arch: str) -> None:
@@ -279,6 +281,7 @@ def test_decays(updates: str, side: str, read: str, dtype: DType) -> None:
         check(plan, draw(plan, 70, decay=decay, forget=forget), draw_state(plan, 1))
 
 
+@pytest.mark.representative(5)
 @pytest.mark.parametrize("dtype", [DType.F32, DType.F64], ids=str)
 @pytest.mark.parametrize(("updates", "side", "read"), HARD)
 def test_a_stroke_does_not_blur_what_follows(updates: str, side: str, read: str, dtype: DType) -> None:

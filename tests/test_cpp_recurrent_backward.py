@@ -131,6 +131,7 @@ def test_every_form(updates: str, side: str, before: bool, read: str) -> None:
         check_gradients(plan, draw(plan, 150), draw_state(plan, 1))
 
 
+@pytest.mark.representative(16)
 @pytest.mark.parametrize("decay", [0.0, 1e-4, 0.1, 5.0, 20.0])
 @pytest.mark.parametrize("forget", [0.0, 0.1], ids=["", "forgetting"])
 @pytest.mark.parametrize(
@@ -151,6 +152,7 @@ def test_decays(updates: str, side: str, before: bool, read: str, decay: float, 
     check_gradients(plan, draw(plan, 150, decay=decay, forget=forget), draw_state(plan, 1))
 
 
+@pytest.mark.representative(2)
 @pytest.mark.parametrize("dtype", [DType.BF16, DType.F16, DType.F32, DType.F64], ids=str)
 @pytest.mark.parametrize(
     ("updates", "side"),
@@ -234,6 +236,7 @@ def test_threads_change_nothing() -> None:
             assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
 
+@pytest.mark.representative(3)
 @pytest.mark.parametrize("threads", [2, 3, 8])
 @pytest.mark.parametrize(
     ("updates", "side", "before", "read"),
@@ -260,6 +263,7 @@ def test_threads_share_a_head(updates: str, side: str, before: bool, read: str, 
         torch.set_num_threads(earlier)
 
 
+@pytest.mark.representative(2)
 @pytest.mark.parametrize(
     ("updates", "side", "before", "read"),
     [("write", "value", False, "post"), ("delta", "key", False, "post"), ("erase and write", "scalar", True, "pre")],

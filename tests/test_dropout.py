@@ -59,6 +59,7 @@ ALIKE = {"scaled", "documents"}
 NAMES = [name for name in SPECS if name not in ("chosen", "rates", "required", "table", "window", "plain")]
 
 
+@pytest.mark.representative(5)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     by_type(NAMES, (F32, BF16), representative=("biased", "summed"), alike=ALIKE),
@@ -77,6 +78,7 @@ def test_cpp_in_other_types(name: str, dtype: torch.dtype) -> None:
     assert_by_the_error_rule(name, "cpp", dtype)
 
 
+@pytest.mark.representative(2)
 @pytest.mark.parametrize(
     ("arch", "dtype"),
     tiered(lambda arch, dtype: dtype == F32 or arch == NATIVE_ARCHS[-1], NATIVE_ARCHS[1:], (F32, BF16)),
@@ -91,6 +93,7 @@ def test_triton_forward(name: str) -> None:
     assert_by_the_error_rule(name, INTERPRETED, F32, gradients=False)
 
 
+@pytest.mark.representative(3)
 @pytest.mark.parametrize("name", ["causal", "biased", "sigmoid", "summed", "sink", "rows", "slopes"])
 def test_triton_backward(name: str) -> None:
     assert_by_the_error_rule(name, INTERPRETED, F32)

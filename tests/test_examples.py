@@ -135,6 +135,7 @@ def test_cpp(name: str, dtype: torch.dtype) -> None:
     assert_kernel_right(name, CPP[0], dtype, ODD)
 
 
+@pytest.mark.representative(12)
 @VARIANT
 def test_triton_interpreted(name: str) -> None:
     assert_kernel_right(name, INTERPRETED, F32, ODD)
@@ -148,6 +149,7 @@ def assert_gradients_right(name: str, target: str, dtype: torch.dtype, sizes: Si
     assert message is None, message
 
 
+@pytest.mark.representative(9)
 @pytest.mark.parametrize("name", tiered(lambda name: name not in ALIKE, VARIANTS))
 def test_cpp_gradients(name: str) -> None:
     assert_gradients_right(name, CPP[0], F32, ODD)

@@ -88,6 +88,7 @@ def check(attn: RecurrentAttention, rows: list[Tensor], inputs: dict[str, Tensor
 QUICK = {(F32, 32), (BF16, 20), (BF16, 32), (F16, 5), (F64, 20)}
 
 
+@pytest.mark.representative(3)
 @pytest.mark.parametrize(
     ("dtype", "width"), tiered(lambda *case: case in QUICK, (F32, BF16, F16, F64), (32, 20, 5)), ids=str
 )

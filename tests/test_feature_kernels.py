@@ -51,6 +51,7 @@ def gradients(o: Tensor, state: Tensor, leaves: list[Tensor]) -> tuple[Tensor, .
     return torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
 
 
+@pytest.mark.representative(7)
 @VARIANT
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_a_call_and_its_gradients_are_those_of_the_reference(name: str, heads: tuple[int, int, int]) -> None:
@@ -104,6 +105,7 @@ WEIGHTS = {
 }
 
 
+@pytest.mark.representative(2)
 @pytest.mark.parametrize(
     ("weight", "normalize"),
     tiered(lambda weight, normalize: (normalize == "sum") != (weight == "gate"), WEIGHTS, ("sum", "none")),

@@ -65,6 +65,7 @@ def check(names: list[str], target: str) -> None:
     torch.testing.assert_close(attn(q, k, v, **inputs).double(), attn.reference(q, k, v, **inputs), rtol=0, atol=2e-5)
 
 
+@pytest.mark.representative(1)
 @pytest.mark.parametrize("target", ["cpp", "triton:interpret"])
 @pytest.mark.parametrize("step", [1, pytest.param(-1, marks=pytest.mark.slow)], ids=["in order", "reversed"])
 def test_generated_code_keeps_its_names_apart(step: int, target: str) -> None:

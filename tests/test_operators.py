@@ -182,6 +182,7 @@ def enclosed(kind: Kind) -> st.SearchStrategy[tuple[tuple[bool | float, bool | f
     return points | st.tuples(numbers, numbers, numbers).map(sorted).map(lambda x: ((x[0], x[2]), x[1]))
 
 
+@pytest.mark.representative(30)
 @EVERY
 @settings(deadline=None, max_examples=50)
 @given(st.data())

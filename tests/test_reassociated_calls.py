@@ -52,6 +52,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+@pytest.mark.representative(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spec", SPECS)
 def test_results_are_those_of_the_pairs(spec: str, dtype: torch.dtype, runs: list[int]) -> None:

@@ -51,6 +51,7 @@ def run_in_parts(
     return torch.cat(outputs, 2), state
 
 
+@pytest.mark.representative(3)
 @pytest.mark.parametrize("name", tiered(FAMILIES.__contains__, CAUSAL))
 @given(data=st.data())
 @settings(max_examples=6, deadline=None)

@@ -127,6 +127,7 @@ DECAYS = {
 }
 
 
+@pytest.mark.representative(6)
 @pytest.mark.parametrize("parameters", DECAYS)
 @pytest.mark.parametrize("low", [-1.0, 0.0], ids=["negative", "zero"])
 def test_a_decay_that_has_no_logarithm(parameters: str, low: float) -> None:

@@ -264,6 +264,7 @@ VALUES_OF_EVERY_KIND = [
 ]
 
 
+@pytest.mark.representative(16)
 @pytest.mark.parametrize("target", ["cpp", "triton:interpret"])
 @pytest.mark.parametrize("lines", VALUES_OF_EVERY_KIND, ids=str)
 def test_values_of_every_kind(target: str, lines: tuple[str, ...]) -> None:

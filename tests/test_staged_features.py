@@ -125,6 +125,7 @@ def cases(names: Iterable[str]) -> list[Any]:
     ]
 
 
+@pytest.mark.representative(8)
 @pytest.mark.parametrize(("name", "dtype", "heads"), cases(FEATURES))
 def test_features_of_every_sort(name: str, dtype: torch.dtype, heads: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
@@ -143,6 +144,7 @@ def is_quick(name: str, dtype: torch.dtype, widths: tuple[int, int]) -> bool:
     return widths == {F32: (16, 32), BF16: (7, 5)}.get(dtype)
 
 
+@pytest.mark.representative(5)
 @pytest.mark.parametrize(
     ("name", "dtype", "widths"), tiered(is_quick, FEATURE_FORMULAS, (F32, BF16, F16, F64), WIDTHS), ids=str
 )

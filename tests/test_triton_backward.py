@@ -113,6 +113,7 @@ CASES = [
 ]
 
 
+@pytest.mark.representative(14)
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_examples(name: str, dtype: torch.dtype) -> None:
     variant = VARIANTS[name]
@@ -156,6 +157,7 @@ def test_widths(D: int, E: int) -> None:
     check_spec(CAUSAL, sizes=Sizes(B=1, H=1, HKV=1, M=130, N=140, D=D, E=E))
 
 
+@pytest.mark.representative(8)
 @pytest.mark.parametrize(("M", "N"), [(1, 2), (1, 300), (300, 3), (128, 128), (129, 127), (257, 130)])
 @pytest.mark.parametrize("spec", [CAUSAL, TWO_RANGES, DILATED])
 def test_lengths(spec: str, M: int, N: int) -> None:
@@ -252,6 +254,7 @@ ADJOINTS: dict[str, tuple[str, dict[str, tuple[int, ...]], tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.representative(5)
 @pytest.mark.parametrize("name", ADJOINTS)
 def test_captured_tensors(name: str) -> None:
     spec, shapes, along = ADJOINTS[name]
@@ -284,6 +287,7 @@ def test_transforms_of_rows_by_query_head() -> None:
 # --- masked values ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.representative(5)
 @pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("dtype", [F32, pytest.param(BF16, marks=SLOW)], ids=str)
 @pytest.mark.parametrize(
@@ -314,6 +318,7 @@ def test_masked_pairs_add_nothing_whatever_stands_there(spec: str, dtype: torch.
         assert torch.equal(x, clean[name]), name
 
 
+@pytest.mark.representative(3)
 @pytest.mark.parametrize("spec", [CAUSAL, DILATED, "attention a():\n    weight = score\n    mask = causal\n"])
 @pytest.mark.parametrize("odd", [torch.nan, torch.inf], ids=str)
 def test_kept_pairs_follow_the_mathematics(spec: str, odd: float) -> None:
@@ -373,6 +378,7 @@ def last_program_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Builder, "set_grid_idx", turned)
 
 
+@pytest.mark.representative(1)
 @pytest.mark.parametrize("name", GATHERS)
 def test_gathers_are_sorted_on_request(name: str, deterministic: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the order of programs."""

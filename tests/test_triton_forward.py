@@ -140,6 +140,7 @@ def strategy_of(spec: str) -> str:
     return program.forward.blocks.strategy
 
 
+@pytest.mark.representative(12)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SPECS)
 def test_every_spec_and_dtype(name: str, dtype: torch.dtype) -> None:

@@ -25,6 +25,7 @@ def check_case(updates: str, side: str, before: bool, read: str, tokens: int, **
     check_backward(plan, draw(plan, tokens, heads=1, **drawn), draw_state(plan, 1, 1))
 
 
+@pytest.mark.representative(6)
 @pytest.mark.parametrize(("updates", "side", "before", "read"), QUICK, ids=str)
 def test_a_chunk_and_a_tail(updates: str, side: str, before: bool, read: str) -> None:
     check_case(updates, side, before, read, 37)

@@ -100,6 +100,7 @@ EVERY_FUNCTION = """attention mixed(gain: float[N], scalar: float):
 """
 
 
+@pytest.mark.representative(2)
 @pytest.mark.parametrize("arch", MACHINES)
 @pytest.mark.parametrize("dtype", [DType.BF16, DType.F32])
 def test_f64_outside_rows_compiles_ahead_of_time(arch: str, dtype: DType) -> None:

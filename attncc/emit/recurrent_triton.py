@@ -78,21 +78,21 @@ class CoreLayout:
 def layout_of(plan: CorePlan) -> CoreLayout:
     slots = power_of_two(len(plan.updates))
     decay_width = {"none": 0, "scalar": 1, "key": plan.key_width, "value": plan.value_width}[plan.side]
-    value_padded = _padded(plan.value_width)
+    key_padded, value_padded = _padded(plan.key_width), _padded(plan.value_width)
     return CoreLayout(
         slots=slots,
         block=_LEAST,
         chunk=max(_rows_of_chunk(plan) // slots, _LEAST),
-        key_padded=_padded(plan.key_width),
+        key_padded=key_padded,
         value_padded=value_padded,
         decay_width=decay_width,
-        decay_padded=1 if decay_width <= 1 else _padded(decay_width),
+        decay_padded={"key": key_padded, "value": value_padded}.get(plan.side, 1),
         value_tile=min(value_padded, _value_tile(plan)),
         output_tile=value_padded if plan.side == "value" else min(value_padded, 16 if plan.dtype in _EXACT else 64),
-        step_tile=min(value_padded, 32 if _padded(plan.key_width) <= 128 else 16),
-        gradient_keys=min(_padded(plan.key_width), _gradient_keys(plan)),
+        step_tile=min(value_padded, 32 if key_padded <= 128 else 16),
+        gradient_keys=min(key_padded, _gradient_keys(plan)),
         gradient_tile=min(value_padded, 16 if plan.dtype in _EXACT else 64),
-        key_tile=min(_padded(plan.key_width), 64),
+        key_tile=min(key_padded, 64),
     )
 
 
