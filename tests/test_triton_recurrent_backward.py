@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -96,7 +98,19 @@ def test_drawn(data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (DType.F32, DType.F64),
+        pytest.param(
+            (DType.BF16,),
+            marks=pytest.mark.xfail(
+                strict=False, reason="of a decay that changes nothing the gradient is the rounding of states to bf16"
+            ),
+        ),
+    ],
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_drawn_at_length(data: st.DataObject) -> None:
-    check_backward(*data.draw(calls(CASES)))
+def test_drawn_at_length(dtypes: Sequence[DType], data: st.DataObject) -> None:
+    check_backward(*data.draw(calls(CASES, dtypes=dtypes)))
