@@ -115,6 +115,7 @@ def test_every_form(updates: str, side: str, before: bool, read: str, arch: str)
         check(plan, draw(plan, 70), draw_state(plan, 1))
 
 
+@pytest.mark.representative(2)
 @ARCHS
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize(("updates", "side"), [("delta", "scalar"), pytest.param("write", "key", marks=SLOW)], ids=str)

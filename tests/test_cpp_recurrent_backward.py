@@ -117,6 +117,7 @@ def test_each_machine(updates: str, side: str, before: bool, read: str, arch: st
     check_gradients(plan, draw(plan, 150), draw_state(plan, 1))
 
 
+@pytest.mark.representative(2)
 @pytest.mark.parametrize(("updates", "side", "before", "read"), FORMS[::14], ids=str)
 def test_some_forms(updates: str, side: str, before: bool, read: str) -> None:
     plan = plan_of(updates, side, before, read)
@@ -131,7 +132,7 @@ def test_every_form(updates: str, side: str, before: bool, read: str) -> None:
         check_gradients(plan, draw(plan, 150), draw_state(plan, 1))
 
 
-@pytest.mark.representative(16)
+@pytest.mark.representative(8)
 @pytest.mark.parametrize("decay", [0.0, 1e-4, 0.1, 5.0, 20.0])
 @pytest.mark.parametrize("forget", [0.0, 0.1], ids=["", "forgetting"])
 @pytest.mark.parametrize(

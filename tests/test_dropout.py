@@ -59,7 +59,7 @@ ALIKE = {"scaled", "documents"}
 NAMES = [name for name in SPECS if name not in ("chosen", "rates", "required", "table", "window", "plain")]
 
 
-@pytest.mark.representative(5)
+@pytest.mark.representative(3)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     by_type(NAMES, (F32, BF16), representative=("biased", "summed"), alike=ALIKE),

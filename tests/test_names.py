@@ -82,6 +82,7 @@ BACKWARD = """
 """.split()
 
 
+@pytest.mark.representative(1)
 @pytest.mark.parametrize("target", ["cpp", "triton:interpret"])
 def test_gradients_of_tensors_of_any_name(target: str) -> None:
     names = [name for name in BACKWARD if usable(name)]

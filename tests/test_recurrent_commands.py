@@ -43,6 +43,7 @@ def test_run_does_not_wait_for_the_reference_of_many_tokens(capsys: pytest.Captu
     assert "not computed above 16384 tokens" in capsys.readouterr().out
 
 
+@pytest.mark.representative(1)
 @pytest.mark.parametrize("name", ["retnet", "linear_attention", "based"])
 def test_verify_finds_nothing(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--examples", "4", "--longest", "30", "--target", "cpp", "--dtype", "f32"]

@@ -97,6 +97,7 @@ def decays(shape: tuple[int, ...], kind: str) -> Tensor:
 LENGTHS = [2048, pytest.param(65_536, marks=pytest.mark.slow)]
 
 
+@pytest.mark.representative(6)
 @pytest.mark.parametrize("tokens", LENGTHS)
 @pytest.mark.parametrize("kind", ["none", "slow", "fast", "mixed"])
 @pytest.mark.parametrize("name", ["gated_deltanet", "gla", "kimi_delta", "rwkv7"])

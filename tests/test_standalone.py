@@ -38,7 +38,7 @@ torch.save(function(q, k, v, **more, return_lse=True), sys.argv[4])
 QUICK = {("sliding_window", "cpp"), ("document_causal", "triton:interpret"), ("yarn", "cpp")}
 
 
-@pytest.mark.representative(2)
+@pytest.mark.representative(1)
 @pytest.mark.parametrize(
     ("example", "target"),
     tiered(

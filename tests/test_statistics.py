@@ -71,7 +71,7 @@ def assert_right(
         )
 
 
-@pytest.mark.representative(5)
+@pytest.mark.representative(3)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     by_type(NAMES, (F32, BF16), representative=("biased", "sink"), alike=ALIKE),

@@ -216,6 +216,7 @@ def in_another_process(program: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.representative(1)
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict: bool, tmp_path: Path) -> None:
     model, program = exported(strict)

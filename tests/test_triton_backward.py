@@ -113,7 +113,7 @@ CASES = [
 ]
 
 
-@pytest.mark.representative(14)
+@pytest.mark.representative(8)
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_examples(name: str, dtype: torch.dtype) -> None:
     variant = VARIANTS[name]
@@ -287,7 +287,7 @@ def test_transforms_of_rows_by_query_head() -> None:
 # --- masked values ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.representative(5)
+@pytest.mark.representative(3)
 @pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("dtype", [F32, pytest.param(BF16, marks=SLOW)], ids=str)
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ def fences(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LoadedModule, "run", fenced_run)
 
 
+@pytest.mark.representative(12)
 @pytest.mark.usefixtures("fences")
 @pytest.mark.parametrize("tokens", [0, 3, 40])
 @pytest.mark.parametrize("widths", [(1, 1), (1, 20), (20, 1), (5, 70)])
