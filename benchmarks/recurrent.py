@@ -162,9 +162,10 @@ def main() -> None:
     keep_memory()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
-    about = {"machine": machine(), "torch_version": torch.__version__, "threads": arguments.threads}
-    about["large_pages"] = large_pages()
-    results = {**about, **{name: kept[name] for name in sections if name in kept}}
+    results = {
+        "machine": machine(), "torch_version": torch.__version__, "threads": arguments.threads,
+        "large_pages": large_pages(), **{name: kept[name] for name in sections if name in kept},
+    }  # fmt: skip
     for name in arguments.only:
         with contextlib.nullcontext() if name == "two_threads" else quietest_core():
             results[name] = sections[name](arguments)
