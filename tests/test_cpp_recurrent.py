@@ -310,6 +310,27 @@ def test_small_readers_survive_decays_by_channel(updates: str, read: str, width:
     check(plan, operands, draw_state(plan, 1))
 
 
+@pytest.mark.parametrize("read", ["pre", "post"])
+@pytest.mark.parametrize("widths", [(64, 40), (33, 9)], ids=str)
+def test_decays_by_channel_in_bf16(widths: tuple[int, int], read: str) -> None:
+    """Queries and keys with their decays are rounded for products; the state is not the worse for it."""
+    plan = plan_of("write", "key", read=read, dtype=DType.BF16, widths=widths)
+    for tokens, decay, forget in ((9, 0.3, 0.0), (64, 0.1, 0.0), (45, 1.0, 0.01), (70, 5.0, 0.0), (40, 20.0, 0.1)):
+        check(plan, draw(plan, tokens, decay=decay, forget=forget), draw_state(plan, 1))
+
+
+@pytest.mark.parametrize("side", ["scalar", "key"])
+def test_an_infinity_that_no_output_sees(side: str) -> None:
+    """The last token of several updates writes it, after its query has read. What rounding takes from it is NaN."""
+    write = UPDATES["write"]
+    plan = replace(plan_of("write", side, read="pre", dtype=DType.BF16, widths=(32, 40)), updates=write * 2)
+    for tokens in (16, 40):
+        operands = draw(plan, tokens)
+        assert operands.values[0] is not None
+        operands.values[0][0, 0, -1, 0] = torch.inf
+        check(plan, operands, draw_state(plan, 1))
+
+
 @pytest.mark.parametrize(("updates", "side", "read"), HARD)
 def test_growth(updates: str, side: str, read: str) -> None:
     plan = plan_of(updates, side, read=read)

@@ -34,7 +34,8 @@ def decays(operands: Operands, log2: Tensor) -> Operands:
     [
         ("write", "scalar", DType.F32, "avx512", True),
         ("nothing", "none", DType.F64, "avx2", True),
-        ("write", "key", DType.BF16, "avx512_bf16", True),
+        ("write", "value", DType.BF16, "avx512_bf16", True),
+        ("write", "key", DType.BF16, "avx512_bf16", False),
         ("write", "scalar", DType.BF16, "avx512_bf16", False),  # pairs of bf16 are multiplied twice as quickly
         ("delta", "scalar", DType.F32, "avx512", False),
     ],

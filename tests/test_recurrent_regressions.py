@@ -267,6 +267,26 @@ def test_what_follows_a_stroke_has_all_its_digits(stroke: float) -> None:
     torch.testing.assert_close(found, attn.reference(q, k, v, g=g), rtol=3e-15, atol=0)
 
 
+@pytest.mark.parametrize("decay", ["exp(g[b, h, t])", "exp(g[b, h, t] * n[b, h, t, :])[:, None]"])
+@pytest.mark.parametrize("tokens", [32, 45])
+def test_chunks_of_which_a_part_forgets(decay: str, tokens: int) -> None:
+    """Such a part is taken token by token, the rest in halves of the chunk: with their own factors, decays and gates."""
+    attn: Any = attncc.build(f"""
+attention example(g: float[B, H, N], n: float[B, H, N, D], beta: float[B, H, N]):
+    k = l2norm(k)
+    recurrence:
+        S *= {decay}
+        S += outer(k, beta[b, h, t] * (v - k @ S))
+        out = (scale * q @ S) * sigmoid(v)
+""")
+    q, k, v = rows(tokens, width=8)
+    g = -torch.rand(2, 2, tokens)
+    g[:, 0, 11] = -torch.inf
+    g[:, 1, tokens - 1] = -1e20
+    n = torch.rand(2, 2, tokens, 8) + 0.1
+    compare(attn, q, k, v, g=g, n=n, beta=torch.rand(2, 2, tokens))
+
+
 @pytest.mark.parametrize(
     ("name", "advice"),
     [("return_lse", "no weights of pairs"), ("dropout_p", "no weights of pairs"), ("state", "initial_state=")],
