@@ -270,7 +270,7 @@ def test_what_follows_a_stroke_has_all_its_digits(stroke: float) -> None:
 @pytest.mark.parametrize("decay", ["exp(g[b, h, t])", "exp(g[b, h, t] * n[b, h, t, :])[:, None]"])
 @pytest.mark.parametrize("tokens", [32, 45])
 def test_chunks_of_which_a_part_forgets(decay: str, tokens: int) -> None:
-    """Such a part is taken token by token, the rest in halves of the chunk: with their own factors, decays and gates."""
+    """Such a part is taken token by token, the rest in halves of the chunk: with their own factors and gates."""
     attn: Any = attncc.build(f"""
 attention example(g: float[B, H, N], n: float[B, H, N, D], beta: float[B, H, N]):
     k = l2norm(k)

@@ -62,8 +62,8 @@ def core_machine(plan: CorePlan) -> CoreMachine:
     where there are 32 registers; four of two are what fits where there are 16."""
     arch = plan.target.arch
     avx512 = arch.startswith("avx512")
-    # Decays of key channels are taken into readers and keys, which bf16 rounds once more: within the error of sums, but not
-    # of what erases read, as that is written and read again.
+    # Decays of key channels are taken into readers and keys, which bf16 rounds once more. Sums bear that, but not what
+    # erases read, as it is written and read again.
     roundable = plan.side in ("none", "scalar") or (plan.side == "key" and not plan.erasing)
     pairs = plan.dtype is DType.BF16 and arch == "avx512_bf16" and plan.kernel == "recurrent" and roundable
     # Without erasures a token needs nothing but the state, and products within a chunk only add work.
