@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+import tiers
 from hypothesis import settings
 
 # What is drawn is the same in every run of a version, so that a failure is a change's and not the day's: the error
@@ -27,6 +28,10 @@ class Golden(Protocol):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write golden files instead of comparing with them")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    tiers.quick = "not slow" in config.option.markexpr
 
 
 @pytest.hookimpl(tryfirst=True)

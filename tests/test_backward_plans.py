@@ -11,6 +11,7 @@ from backward_interpreter import Interpreter
 from formulas import VARIANTS, Sizes
 from hypothesis import given, settings
 from strategies import Call, cases
+from tiers import by_tier
 
 from attncc.build import check
 from attncc.eager import running_sums
@@ -122,7 +123,7 @@ def test_specifications(name: str) -> None:
 
 
 @given(case=cases(dtype=F64, longest=20, widest=16))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=by_tier(40), deadline=None)
 def test_a_drawn_specification(case: tuple[Attention, Call]) -> None:
     check_drawn(*case)
 

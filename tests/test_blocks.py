@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from masks import KV, ROW, Q, Tiles, at_tiles, op, pairs, pieces, predicates, scenes, solvable, tiles_of
+from tiers import by_tier
 from torch import Tensor
 
 from attncc.ir.blocks import BlockStructure
@@ -77,13 +78,13 @@ class Rows:
         )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=by_tier(400), deadline=None)
 @given(predicates, scenes(), blocks)
 def test_ranges_hold_every_kept_pair_and_their_full_parts_nothing_else(mask: Expr, scene: Scene, block_m: int) -> None:
     Rows(block_structure(mask), scene, block_m).check(pairs(mask, scene))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=by_tier(150), deadline=None)
 @given(solvable, scenes(), blocks)
 def test_ranges_of_predicates_that_can_be_solved(mask: Expr, scene: Scene, block_m: int) -> None:
     Rows(block_structure(mask), scene, block_m).check(pairs(mask, scene))
@@ -96,7 +97,7 @@ def test_ranges_of_many_predicates_that_can_be_solved(mask: Expr, scene: Scene, 
     Rows(block_structure(mask), scene, block_m).check(pairs(mask, scene))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=by_tier(150), deadline=None)
 @given(predicates, scenes(), blocks, blocks)
 def test_simplified_questions_stay_sound(mask: Expr, scene: Scene, block_m: int, block_n: int) -> None:
     structure, tiles, kept = block_structure(mask), tiles_of(scene, block_m, block_n), pairs(mask, scene)
@@ -270,7 +271,7 @@ SHAPES = [(32, 32), (29, 37), (1, 40), (37, 21)]
 TILES = [(1, 1), (4, 4), (8, 4), (4, 16), (7, 5)]
 
 
-@pytest.mark.representative(12)
+@pytest.mark.representative(8)
 @pytest.mark.parametrize("mask", BOUNDS.values(), ids=BOUNDS.keys())
 def test_bounds(mask: Expr) -> None:
     structure = block_structure(mask)

@@ -171,7 +171,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.representative(4)
+@pytest.mark.representative(3)
 @TARGETS
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_damaged_files_are_made_again(

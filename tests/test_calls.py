@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from call_support import BF16, F16, F32, F64, SLOW, SPECS, TARGETS, assert_right, built, captured, operands
+from call_support import BF16, F16, F32, F64, INTERPRETED, SLOW, SPECS, TARGETS, assert_right, built, captured, operands
 from tiers import tiered
 from torch import Tensor
 
@@ -18,7 +18,7 @@ import attncc
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.representative(15)
+@pytest.mark.representative(10)
 @TARGETS
 @pytest.mark.parametrize("spec", ["plain", "window", "documents", "sigmoid", "summed", "sink", "rows", "slopes"])
 @pytest.mark.parametrize(
@@ -47,6 +47,7 @@ def test_no_keys_and_a_tensor_without_elements_that_every_row_reads(target: str)
     assert (lse == -math.inf).all()
 
 
+@pytest.mark.representative(5)
 @TARGETS
 @pytest.mark.parametrize(
     ("D", "E", "dtype"),
@@ -142,7 +143,7 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.representative(5)
+@pytest.mark.representative(4)
 @pytest.mark.parametrize(
     ("target", "dtype"),
     tiered(lambda target, dtype: target == "cpp" or dtype == BF16, ("cpp", "triton:interpret"), (F32, BF16)),
@@ -179,6 +180,7 @@ def _far_apart(x: Tensor, strides: tuple[int, ...], file: Path) -> Tensor:
     return memory.as_strided(x.shape, strides).copy_(x)
 
 
+@pytest.mark.representative(3)
 @TARGETS
 @pytest.mark.parametrize(
     "strides", [(1, 2**31 + 8, 64, 1), (1, 64, 2**27, 1), pytest.param((1, 2**32, 2**26, 1), marks=SLOW)], ids=str
@@ -202,6 +204,7 @@ def test_one_tensor_may_be_all_operands(target: str) -> None:
     assert torch.equal(built("causal", target)(x, x, x), built("causal", target)(x, x.clone(), x.clone()))
 
 
+@pytest.mark.representative(5)
 @TARGETS
 @pytest.mark.parametrize("spec", ["biased", "rows", "documents", "sink"])
 def test_arguments_are_not_modified(target: str, spec: str) -> None:
@@ -238,7 +241,7 @@ def test_the_number_of_threads_changes_nothing(spec: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.usefixtures("two_threads")
-@TARGETS
+@pytest.mark.parametrize("target", tiered(lambda target: target == "cpp", ("cpp", INTERPRETED)))
 def test_calls_from_several_threads_at_once(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also the first calls, which compile: several threads ask for the same kernels at the same time."""
     monkeypatch.setenv("ATTNCC_CACHE", str(tmp_path))

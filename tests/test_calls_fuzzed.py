@@ -11,6 +11,7 @@ import torch
 from call_support import F64, SPECS, built, captured, operands
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import by_tier
 
 from attncc import AttnError
 
@@ -26,7 +27,7 @@ VALUES: list[Any] = [
 ]  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=by_tier(300), deadline=None)
 @given(st.sampled_from([name for name in SPECS if name not in ("required", "chosen", "rates", "table")]), st.data())
 def test_a_result_or_an_error_of_ours(spec: str, data: st.DataObject) -> None:
     attn = built(spec)

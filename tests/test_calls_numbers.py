@@ -22,7 +22,7 @@ POISONS = pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf], ids
 MASKED_SPECS = pytest.mark.parametrize("spec", ["causal", "window", "documents", "sigmoid", "summed", "sink", "rows"])
 
 
-@pytest.mark.representative(25)
+@pytest.mark.representative(15)
 @pytest.mark.parametrize(
     ("target", "dtype"),
     [("cpp", F32), ("cpp", BF16), ("cpp:portable", F32), pytest.param("cpp:avx2", F16, marks=SLOW)],
@@ -42,6 +42,7 @@ def test_numbers_that_are_none(target: str, dtype: torch.dtype, spec: str, poiso
         assert unseen.isfinite().all()
 
 
+@pytest.mark.representative(10)
 @MASKED_SPECS
 @POISONS
 def test_numbers_that_are_none_interpreted(spec: str, poison: float) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import by_tier
 
 from attncc.check.specification import check_all, check_source
 from attncc.diagnostics import SpecError
@@ -336,7 +337,7 @@ def mutated(draw: st.DrawFn) -> str:
 
 
 @given(mutated())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=by_tier(500), deadline=None)
 def test_a_broken_spec_is_refused_and_nothing_worse(text: str) -> None:
     try:
         attentions = check_all(Source("fuzz.attn", text))

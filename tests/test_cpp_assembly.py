@@ -48,7 +48,7 @@ def loops(assembly: str) -> list[list[str]]:
     return found
 
 
-@pytest.mark.representative(6)
+@pytest.mark.representative(4)
 @pytest.mark.parametrize(
     ("name", "dtype", "arch"),
     tiered(

@@ -9,6 +9,7 @@ import torch
 from cpp_support import CAUSAL, KV, NATIVE_ARCHS, B, H, Q, attention, normal, op, run
 from error_rule import check_kernel
 from guarded import Guarded
+from tiers import types
 from torch import Tensor
 
 from attncc.ir.nodes import Attention, Elementwise, Hole, Index, Load, Size, Softmax, Sum, TensorParameter
@@ -18,9 +19,7 @@ from attncc.runtime.arguments import TORCH_DTYPES
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 # Each combination is a compilation; the long tier takes all of them.
 SLOW = pytest.mark.slow
-DTYPES = pytest.mark.parametrize(
-    "dtype", [F32, BF16, pytest.param(F64, marks=SLOW), pytest.param(F16, marks=SLOW)], ids=str
-)
+DTYPES = types(F32, BF16)
 ARCHS = pytest.mark.parametrize(
     "arch", [NATIVE_ARCHS[0], *(pytest.param(arch, marks=SLOW) for arch in NATIVE_ARCHS[1:])]
 )
@@ -58,6 +57,7 @@ PLAIN, CAUSAL_ONLY = attention(), attention(mask=CAUSAL)
 # --- sizes and layouts ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.representative(5)
 @ARCHS
 @DTYPES
 @pytest.mark.parametrize(("D", "E"), [(1, 1), (7, 3), (16, 24), (65, 17), (300, 260)])
@@ -100,7 +100,7 @@ def test_rows_may_lie_anywhere(D: int, dtype: torch.dtype) -> None:
     assert torch.equal(lse, lse2)
 
 
-@pytest.mark.representative(4)
+@pytest.mark.representative(2)
 @ARCHS
 @DTYPES
 @pytest.mark.parametrize("at_end", [True, False])
@@ -142,7 +142,7 @@ def load(tensor: str, *indices: object, kind: Kind = Kind.FLOAT) -> Load:
 # --- what pairs may read --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.representative(4)
+@pytest.mark.representative(2)
 @ARCHS
 @DTYPES
 @pytest.mark.parametrize("element", FLOATS, ids=str)
@@ -159,6 +159,7 @@ def test_a_dense_bias(element: DType, dtype: torch.dtype, arch: str) -> None:
     check(spec, q, k, v, arch=arch, bias=bias[:1, :1].expand(2, 2, -1, -1))
 
 
+@pytest.mark.representative(4)
 @ARCHS
 @DTYPES
 @pytest.mark.parametrize("element", [torch.bool, torch.int32, torch.int64], ids=str)
@@ -172,6 +173,7 @@ def test_a_dense_mask(element: torch.dtype, dtype: torch.dtype, arch: str) -> No
     check(spec, *operands(dtype), arch=arch, kept=(normal(37, 53) > 0).to(element))
 
 
+@pytest.mark.representative(1)
 @ARCHS
 @DTYPES
 def test_a_band_of_biases(dtype: torch.dtype, arch: str) -> None:
@@ -215,6 +217,7 @@ def test_a_sink_without_bounds(sink: float, dtype: torch.dtype, arch: str) -> No
     check(spec, q, k, v, arch=arch, sinks=torch.full((3,), sink))
 
 
+@pytest.mark.representative(2)
 @ARCHS
 @DTYPES
 @pytest.mark.parametrize("kind", [Sum, Elementwise])
@@ -226,6 +229,7 @@ def test_weights_without_softmax(kind: type[Sum | Elementwise], dtype: torch.dty
 # --- numbers out of the ordinary ------------------------------------------------------------------------------------
 
 
+@pytest.mark.representative(2)
 @ARCHS
 @DTYPES
 @pytest.mark.parametrize("size", [30.0, 1e4])
@@ -234,6 +238,7 @@ def test_large_scores(size: float, dtype: torch.dtype, arch: str) -> None:
     check(attention(scale=size / 16), q, k, v, arch=arch)
 
 
+@pytest.mark.representative(1)
 @DTYPES
 def test_a_constant_beyond_the_range_of_the_type_is_infinite(dtype: torch.dtype) -> None:
     q, k, v = operands(dtype)
@@ -244,6 +249,7 @@ def test_a_constant_beyond_the_range_of_the_type_is_infinite(dtype: torch.dtype)
     check(bounded, q, k, v)
 
 
+@pytest.mark.representative(1)
 @ARCHS
 @DTYPES
 def test_rows_whose_scores_are_all_minus_infinity(dtype: torch.dtype, arch: str) -> None:
@@ -279,6 +285,7 @@ def test_what_is_masked_poisons_nothing(where: str, poison: float, dtype: torch.
     assert o[:, :, hit].isfinite().all(dim=-1).logical_not().all() or (where == "k" and abs(poison) == math.inf)
 
 
+@pytest.mark.representative(1)
 @ARCHS
 @DTYPES
 def test_an_empty_row_is_zero_whatever_the_values(dtype: torch.dtype, arch: str) -> None:
@@ -308,6 +315,7 @@ def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@pytest.mark.representative(2)
 @pytest.mark.parametrize("element", FLOATS, ids=str)
 def test_tables_of_any_element_type(element: DType) -> None:
     spec = attention(

@@ -9,10 +9,11 @@ from error_rule import check_kernel
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from strategies import Attention, Call, cases
+from tiers import by_tier
 
 # Each example is compiled: shrinking one would take longer than reading it.
 FEW = settings(
-    max_examples=16,
+    max_examples=by_tier(16),
     deadline=None,
     suppress_health_check=list(HealthCheck),
     phases=(Phase.explicit, Phase.reuse, Phase.generate),

@@ -14,6 +14,7 @@ from guarded import Guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recurrent_core import core
+from tiers import by_tier
 from torch import Tensor
 from torch.nn.functional import normalize
 from triton_recurrent_support import CASES, UPDATES, draw, draw_state, plain
@@ -99,7 +100,7 @@ def permuted(
 # --- forms, machines, types, sizes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.representative(4)
+@pytest.mark.representative(2)
 @pytest.mark.parametrize(("updates", "side", "before", "read"), FORMS[::8], ids=str)
 def test_some_forms(updates: str, side: str, before: bool, read: str) -> None:
     plan = plan_of(updates, side, before, read)
@@ -115,7 +116,7 @@ def test_every_form(updates: str, side: str, before: bool, read: str, arch: str)
         check(plan, draw(plan, 70), draw_state(plan, 1))
 
 
-@pytest.mark.representative(2)
+@pytest.mark.representative(1)
 @ARCHS
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize(("updates", "side"), [("delta", "scalar"), pytest.param("write", "key", marks=SLOW)], ids=str)
@@ -124,7 +125,7 @@ def test_types(updates: str, side: str, dtype: DType, arch: str) -> None:
     check(plan, draw(plan, 70, batch=2), draw_state(plan, 2))
 
 
-@pytest.mark.representative(4)
+@pytest.mark.representative(2)
 @ARCHS
 @pytest.mark.parametrize("widths", [(1, 1), (7, 3), (33, 70), (64, 64), (128, 65), (256, 20), (20, 300)], ids=str)
 def test_widths(widths: tuple[int, int], arch: str) -> None:
@@ -282,8 +283,7 @@ def test_decays(updates: str, side: str, read: str, dtype: DType) -> None:
         check(plan, draw(plan, 70, decay=decay, forget=forget), draw_state(plan, 1))
 
 
-@pytest.mark.representative(5)
-@pytest.mark.parametrize("dtype", [DType.F32, DType.F64], ids=str)
+@pytest.mark.parametrize("dtype", [DType.F32, pytest.param(DType.F64, marks=SLOW)], ids=str)
 @pytest.mark.parametrize(("updates", "side", "read"), HARD)
 def test_a_stroke_does_not_blur_what_follows(updates: str, side: str, read: str, dtype: DType) -> None:
     plan = plan_of(updates, side, read=read, dtype=dtype)
@@ -343,12 +343,13 @@ def test_growth(updates: str, side: str, read: str) -> None:
 @pytest.mark.parametrize(("updates", "side"), [("write", "scalar"), ("delta", "key"), ("write", "value")])
 def test_no_decay_for_long(updates: str, side: str) -> None:
     """A decay of 1 takes nothing away, however often it is applied."""
-    plan = plan_of(updates, side, widths=(16, 16))
+    plan = plan_of(updates, side)
     operands = draw(plan, 4100, heads=1)
     assert operands.log_decay is not None
     check(plan, Operands.of((*operands.tensors[:-1], torch.zeros_like(operands.log_decay))), draw_state(plan, 1, 1))
 
 
+@pytest.mark.representative(2)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_nearly_equal_keys(dtype: DType) -> None:
     """Each token replaces what all before it have written."""
@@ -410,7 +411,7 @@ def check_drawn(plan: CorePlan, lengths: list[int], heads: int, **drawn: float) 
     check(plan, draw(plan, offsets[-1], heads=heads, **drawn), draw_state(plan, len(lengths), heads), offsets)  # type: ignore[arg-type]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=by_tier(40), deadline=None)
 @given(call=calls)
 def test_drawn_calls(call: dict[str, float]) -> None:
     for form in (("erase and write", "key", True, "post"), ("three", "scalar", False, "pre")):

@@ -66,7 +66,7 @@ def test_small_numbers_survive_growth(side: str) -> None:
     check(plan, decays(tiny, torch.full((2 * CHUNK,), 1.0)))
 
 
-@pytest.mark.representative(5)
+@pytest.mark.representative(3)
 @FOLDING
 @READS
 @pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
@@ -125,7 +125,7 @@ def test_an_infinite_value_does_not_meet_what_fills_up_rows(side: str, read: str
     assert (state[0, 0, :, 1] == torch.inf).all()
 
 
-@pytest.mark.representative(4)
+@pytest.mark.representative(3)
 @pytest.mark.parametrize("arch", dict.fromkeys((NATIVE_ARCHS[0], NATIVE_ARCHS[-1])))
 @pytest.mark.parametrize(("side", "read"), [("scalar", "post"), ("key", "pre"), ("value", "post"), ("none", "pre")])
 def test_two_writes_of_a_token(side: str, read: str, arch: str) -> None:

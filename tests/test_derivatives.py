@@ -12,6 +12,7 @@ import torch
 from expr_strategies import masks, op, scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import by_tier
 
 import attncc
 from attncc.ir.errors import IRError
@@ -72,7 +73,7 @@ def test_a_rule_has_one_derivative_per_argument(operator: Operator) -> None:
 
 
 @EVERY
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=by_tier(60))
 @given(st.data())
 def test_derivatives_are_limits_of_differences(operator: Operator, data: st.DataObject) -> None:
     """By the five-point rule, away from corners: of |x|, of steps, of x = y, of relu and elu."""
@@ -195,7 +196,7 @@ def drawn_scope(data: st.DataObject, exprs: Sequence[Expr]) -> Scope:
     return Scope(indices, SIZES, inputs, [], {"qk": qk.requires_grad_()}, {})
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=by_tier(150))
 @given(scores(3), masks(), st.data())
 def test_scores_by_the_product_of_query_and_key(score: Expr, condition: Expr, data: st.DataObject) -> None:
     score = op("where", condition, score, op("mul", Constant(0.5), op("mul", score, score)))
@@ -207,7 +208,7 @@ def test_scores_by_the_product_of_query_and_key(score: Expr, condition: Expr, da
     torch.testing.assert_close(found, torch.zeros(5).double() if expected is None else expected, rtol=1e-9, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=by_tier(150))
 @given(scores(3), st.data())
 def test_scores_by_what_they_load(score: Expr, data: st.DataObject) -> None:
     """Each occurrence of a load is the one variable."""

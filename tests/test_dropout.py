@@ -59,7 +59,7 @@ ALIKE = {"scaled", "documents"}
 NAMES = [name for name in SPECS if name not in ("chosen", "rates", "required", "table", "window", "plain")]
 
 
-@pytest.mark.representative(3)
+@pytest.mark.representative(2)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     by_type(NAMES, (F32, BF16), representative=("biased", "summed"), alike=ALIKE),
@@ -69,6 +69,7 @@ def test_cpp(name: str, dtype: torch.dtype) -> None:
     assert_by_the_error_rule(name, "cpp", dtype)
 
 
+@pytest.mark.representative(1)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     tiered(lambda name, dtype: name == "causal", ("causal", "sigmoid", "summed"), (F16, F64)),
@@ -78,7 +79,7 @@ def test_cpp_in_other_types(name: str, dtype: torch.dtype) -> None:
     assert_by_the_error_rule(name, "cpp", dtype)
 
 
-@pytest.mark.representative(2)
+@pytest.mark.representative(1)
 @pytest.mark.parametrize(
     ("arch", "dtype"),
     tiered(lambda arch, dtype: dtype == F32 or arch == NATIVE_ARCHS[-1], NATIVE_ARCHS[1:], (F32, BF16)),
@@ -88,12 +89,13 @@ def test_cpp_for_other_machines(arch: str, dtype: torch.dtype) -> None:
     assert_by_the_error_rule("causal", f"cpp:{arch}", dtype)
 
 
+@pytest.mark.representative(5)
 @pytest.mark.parametrize("name", NAMES)
 def test_triton_forward(name: str) -> None:
     assert_by_the_error_rule(name, INTERPRETED, F32, gradients=False)
 
 
-@pytest.mark.representative(3)
+@pytest.mark.representative(2)
 @pytest.mark.parametrize("name", ["causal", "biased", "sigmoid", "summed", "sink", "rows", "slopes"])
 def test_triton_backward(name: str) -> None:
     assert_by_the_error_rule(name, INTERPRETED, F32)

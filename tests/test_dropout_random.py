@@ -9,6 +9,7 @@ from error_rule import check_kernel
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from strategies import Attention, Call, cases
+from tiers import by_tier
 
 from attncc.ir.nodes import Softmax, identity_row
 from attncc.ir.verify import verify
@@ -19,7 +20,7 @@ from attncc.reference import OutOfRange, evaluate
 
 # Each example is compiled: shrinking one would take longer than reading it.
 FEW = settings(
-    max_examples=8,
+    max_examples=by_tier(8),
     deadline=None,
     suppress_health_check=list(HealthCheck),
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
@@ -52,7 +53,7 @@ def check_dropout(spec: Attention, call: Call, p: float, seed: int) -> None:
 
 
 @given(case=cases(dtype=torch.float64))
-@settings(FEW, max_examples=60)
+@settings(FEW, max_examples=by_tier(60))
 def test_column_sums_of_a_drawn_softmax(case: tuple[Attention, Call]) -> None:
     """The rows of the derived attention are the columns of the weights, by the reference of both."""
     spec, call = case

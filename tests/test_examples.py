@@ -128,7 +128,7 @@ def test_eager_formula(name: str, dtype: torch.dtype) -> None:
     assert (message := compare("o", found, oracle, plain)) is None, message
 
 
-@pytest.mark.representative(18)
+@pytest.mark.representative(10)
 @pytest.mark.parametrize(
     ("name", "dtype"), tiered(lambda name, dtype: dtype == F32 or name in FAMILIES, VARIANTS, (F32, BF16)), ids=str
 )
@@ -136,7 +136,7 @@ def test_cpp(name: str, dtype: torch.dtype) -> None:
     assert_kernel_right(name, CPP[0], dtype, ODD)
 
 
-@pytest.mark.representative(12)
+@pytest.mark.representative(8)
 @VARIANT
 def test_triton_interpreted(name: str) -> None:
     assert_kernel_right(name, INTERPRETED, F32, ODD)
@@ -150,7 +150,7 @@ def assert_gradients_right(name: str, target: str, dtype: torch.dtype, sizes: Si
     assert message is None, message
 
 
-@pytest.mark.representative(5)
+@pytest.mark.representative(4)
 @pytest.mark.parametrize("name", tiered(lambda name: name not in ALIKE, VARIANTS))
 def test_cpp_gradients(name: str) -> None:
     assert_gradients_right(name, CPP[0], F32, ODD)

@@ -88,7 +88,7 @@ def check(attn: RecurrentAttention, rows: list[Tensor], inputs: dict[str, Tensor
 QUICK = {(F32, 32), (BF16, 20), (BF16, 32), (F16, 5), (F64, 20)}
 
 
-@pytest.mark.representative(3)
+@pytest.mark.representative(2)
 @pytest.mark.parametrize(
     ("dtype", "width"), tiered(lambda *case: case in QUICK, (F32, BF16, F16, F64), (32, 20, 5)), ids=str
 )
@@ -100,6 +100,7 @@ def test_every_operand_has_one(dtype: torch.dtype, width: int) -> None:
     check(attncc.build(SCALED), rows, {"a": inputs["a"] / 4, "count": count, "g": g})
 
 
+@pytest.mark.representative(2)
 @pytest.mark.parametrize("source", [DELTA, PLAIN], ids=["delta", "plain"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_rows_that_are_a_page_apart(dtype: torch.dtype, source: str) -> None:
@@ -170,6 +171,7 @@ attention value_alone(a: float[B, H, N]):
 """
 
 
+@pytest.mark.representative(2)
 @pytest.mark.parametrize("width", [32, 20])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_decays_of_key_channels(dtype: torch.dtype, width: int) -> None:
@@ -180,6 +182,7 @@ def test_decays_of_key_channels(dtype: torch.dtype, width: int) -> None:
     check(attncc.build(BY_CHANNEL), [row / 4 for row in rows], {"a": inputs["a"], "g": g})
 
 
+@pytest.mark.representative(1)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_a_value_alone_has_one(dtype: torch.dtype) -> None:
     rows, inputs = draw(dtype)

@@ -51,7 +51,7 @@ def gradients(o: Tensor, state: Tensor, leaves: list[Tensor]) -> tuple[Tensor, .
     return torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
 
 
-@pytest.mark.representative(4)
+@pytest.mark.representative(3)
 @VARIANT
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_a_call_and_its_gradients_are_those_of_the_reference(name: str, heads: tuple[int, int, int]) -> None:
@@ -65,6 +65,7 @@ def test_a_call_and_its_gradients_are_those_of_the_reference(name: str, heads: t
         assert torch.allclose(found, exact, rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.representative(3)
 @VARIANT
 def test_sequences_are_split_resumed_and_packed(name: str) -> None:
     attn, inputs = example(name), inputs_of(name)
@@ -105,7 +106,7 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.representative(2)
+@pytest.mark.representative(1)
 @pytest.mark.parametrize(
     ("weight", "normalize"),
     tiered(lambda weight, normalize: (normalize == "sum") != (weight == "gate"), WEIGHTS, ("sum", "none")),

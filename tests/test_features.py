@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import by_tier
 from torch import Tensor
 from torch.nn.functional import elu, scaled_dot_product_attention
 
@@ -144,7 +145,7 @@ def maps(draw: st.DrawFn, depth: int = 3) -> Map:
 
 
 @given(maps(), st.booleans())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=by_tier(60))
 def test_random_maps(made: Map, causal: bool) -> None:
     text, phi, width = made
     recurrence = checked(f"feature = {text}", *(["mask = causal"] if causal else []))

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from masks import KV, ROW, TENSORS, Q, applications, at_tiles, exprs, op, pairs, predicates, scenes, tiles_of
+from tiers import by_tier
 
 from attncc.ir.nodes import Constant, Expr, Index, Load, Parameter, Size, Summary
 from attncc.ir.operators import OPERATORS
@@ -20,7 +21,7 @@ from attncc.passes.intervals import interval, truth, varies_in_tile
 blocks = st.sampled_from([1, 2, 3, 4, 5, 8, 16])
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=by_tier(500), deadline=None)
 @given(predicates, scenes(), blocks, blocks)
 def test_an_empty_tile_keeps_nothing_and_a_full_one_everything(
     mask: Expr, scene: Scene, block_m: int, block_n: int
@@ -33,14 +34,14 @@ def test_an_empty_tile_keeps_nothing_and_a_full_one_everything(
     assert not (certain & ~tiles.all(kept)).any(), "a tile called full masks a pair"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=by_tier(300), deadline=None)
 @given(st.sampled_from([Kind.INT, Kind.FLOAT]).flatmap(lambda kind: exprs(kind, 3)), scenes(), blocks, blocks)
 def test_bounds_hold_every_value(expr: Expr, scene: Scene, block_m: int, block_n: int) -> None:
     assert_sound(expr, scene, block_m, block_n)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=by_tier(20), deadline=None)
 @given(st.data(), scenes(), blocks, blocks)
 def test_the_rule_of_each_operator(name: str, data: st.DataObject, scene: Scene, block_m: int, block_n: int) -> None:
     assert_sound(data.draw(applications(name)), scene, block_m, block_n)
@@ -150,6 +151,7 @@ def scene_of(rows: int, keys: int, **scalars: int) -> Scene:
     return Scene(sizes, inputs, {"b": 0, "h": 1, "hkv": 0})
 
 
+@pytest.mark.representative(200)
 @pytest.mark.parametrize("mask", EXACT.values(), ids=EXACT.keys())
 @pytest.mark.parametrize("block_m", [1, 4, 7])
 @pytest.mark.parametrize("block_n", [1, 4, 6, 16])

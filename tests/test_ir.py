@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import attentions, int_exprs, masks, scores
+from tiers import by_tier
 
 from attncc.ir.nodes import (
     Apply,
@@ -148,7 +149,7 @@ def test_substitution_respects_what_a_reduction_binds() -> None:
     assert not has_free_d(reading) and has_free_d(expr) and has_free_d(Reduce("sum", inner, D))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=by_tier(50))
 @given(attentions())
 def test_clauses_are_all_there_is(attention: Attention) -> None:
     seen = [expr for _, expr in clauses(attention)]
@@ -259,7 +260,7 @@ def test_drawn_and_plain_attentions_pass() -> None:
     verify(PLAIN)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=by_tier(100))
 @given(attentions())
 def test_drawn_attentions_pass(attention: Attention) -> None:
     verify(attention)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from strategies import DISTANCE, KV_IDX, Q_IDX, Call, bool_exprs, cases, int_exprs, masks, op
+from tiers import by_tier
 
 from attncc.ir.nodes import Attention, Constant, Element, Expr, Hole, Index, Load, Parameter, Reduce, Size
 from attncc.ir.rewrite import clauses, walk
@@ -152,7 +153,7 @@ def same(before: Expr) -> None:
     assert simplify_expr(after) == after
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=by_tier(300))
 @given(int_exprs(FEW, 3))
 @example(op("floordiv", op("mul", Q_IDX, c(-3)), c(-3)))
 @example(op("mod", op("mul", Q_IDX, W), W))
@@ -160,7 +161,7 @@ def test_ints(expr: Expr) -> None:
     same(expr)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=by_tier(300))
 @given(bool_exprs(FEW, (Parameter("flag", Kind.BOOL), TRUE, FALSE, CAUSAL), 4) | masks(tensors=False))
 def test_bools(expr: Expr) -> None:
     same(expr)
@@ -179,7 +180,7 @@ def float_exprs(draw: st.DrawFn, depth: int = 3) -> Expr:
     return op(name, *(draw(inner) for _ in range(1 if name in unary else 2)))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=by_tier(300))
 @given(float_exprs())
 @example(op("div", c(1.0), op("sub", X, c(0.0))))
 @example(op("div", c(1.0), op("add", X, op("neg", c(0.0)))))
@@ -195,7 +196,7 @@ def test_powers_with_a_constant_exponent(exponent: float) -> None:
         torch.testing.assert_close(found.broadcast_to(expected.shape), expected, rtol=1e-15, atol=0, equal_nan=True)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=by_tier(100))
 @given(cases(longest=20, widest=8))
 def test_attentions(case: tuple[Attention, Call]) -> None:
     attention, call = case

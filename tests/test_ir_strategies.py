@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from strategies import Call, cases, masks
+from tiers import by_tier
 
 from attncc.ir.nodes import Attention, Expr, Load
 from attncc.ir.rewrite import contains
@@ -12,7 +13,7 @@ from attncc.ir.verify import verify
 from attncc.reference import evaluate
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=by_tier(150))
 @given(cases())
 def test_drawn_cases_evaluate(case: tuple[Attention, Call]) -> None:
     attention, call = case
@@ -33,7 +34,7 @@ def test_typical_masks_keep_something() -> None:
     """Most of what is drawn attends to something: else the tests that draw it would show little."""
     kept: list[bool] = []
 
-    @settings(deadline=None, max_examples=200, database=None, derandomize=True)
+    @settings(deadline=None, max_examples=by_tier(200), database=None, derandomize=True)
     @given(cases(longest=20, widest=4))
     def collect(case: tuple[Attention, Call]) -> None:
         attention, call = case

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from normal_form_interpreter import run
+from tiers import by_tier
 
 from attncc.check.specification import check_source
 from attncc.ir.nodes import Apply, Expr, Load, Reduce
@@ -120,7 +121,7 @@ _MORE = st.lists(st.sampled_from(["write", "decay"]), max_size=1).map(lambda mor
 
 
 @given(recurrences())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=by_tier(60))
 def test_random_recurrences_are_their_normal_forms(lines: list[str]) -> None:
     recurrence = recurrence_of(*lines)
     verify_recurrence(recurrence)
@@ -189,7 +190,7 @@ UPDATES = {
 
 @pytest.mark.parametrize("name", UPDATES)
 @given(data=st.data())
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=by_tier(15))
 def test_rewritings_bring_the_same_kernel(name: str, data: st.DataObject) -> None:
     recurrence = recurrence_of(*UPDATES[name])
     form = normal_form(recurrence)

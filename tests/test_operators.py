@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import by_tier
 
 from attncc.ir.errors import IRError
 from attncc.ir.nodes import Apply, Constant, Expr
@@ -92,7 +93,7 @@ PYTHON = {
 
 
 @pytest.mark.parametrize("name", PYTHON)
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=by_tier(100))
 @given(st.data())
 def test_ints_are_those_of_python(name: str, data: st.DataObject) -> None:
     second = st.integers(-10, 20) if name in ("shl", "shr") else st.just(0) | INTS
@@ -184,7 +185,7 @@ def enclosed(kind: Kind) -> st.SearchStrategy[tuple[tuple[bool | float, bool | f
 
 @pytest.mark.representative(30)
 @EVERY
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=by_tier(50))
 @given(st.data())
 def test_interval_rules_are_sound(operator: Operator, overload: Signature, data: st.DataObject) -> None:
     assert_sound(operator, overload, data)

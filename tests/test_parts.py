@@ -9,6 +9,7 @@ import torch
 from expr_strategies import DISTANCE, KV_IDX, PLAIN_INTS, Q_IDX, Q_ROW, B, H, bool_exprs, int_exprs, number, op, scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import by_tier
 
 import attncc
 from attncc.ir.nodes import Constant, Expr, Hole, Load, Parameter, Size
@@ -122,7 +123,7 @@ def floats(draw: st.DrawFn, depth: int = 2) -> Expr:
             return op("where", draw(bool_exprs(LEAVES, (), 1)), draw(floats(depth - 1)), draw(floats(depth - 1)))
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=by_tier(400))
 @given(floats())
 def test_what_is_claimed_to_be_shared_is(expr: Expr) -> None:
     values, along = grid(expr), along_of(expr)
@@ -166,7 +167,7 @@ def test_what_expressions_vary_along(expr: Expr, along: str | None) -> None:
 # --- parts carry the whole gradient ----------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=by_tier(150))
 @given(scores(3))
 def test_parts_carry_all_of_the_gradient(score: Expr) -> None:
     """The derivative by each part, times the part's by the tensors, adds up to that of the score."""

@@ -130,6 +130,7 @@ def check_rows(plan: RowsPlan) -> None:
     check_inputs(plan, scopes)
 
 
+@pytest.mark.representative(60)
 @EVERY
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("dtype", [DType.BF16, DType.F64], ids=lambda dtype: dtype.value)

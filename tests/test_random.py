@@ -92,7 +92,7 @@ def in_f32_at_the_ends(dtype: torch.dtype, arch: str) -> bool:
     return arch == NATIVE_ARCHS[0] or (arch == NATIVE_ARCHS[-1] and dtype == torch.float32)
 
 
-@pytest.mark.representative(6)
+@pytest.mark.representative(4)
 @pytest.mark.parametrize(
     ("dtype", "arch"), tiered(in_f32_at_the_ends, (torch.float32, torch.float64), NATIVE_ARCHS), ids=str
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import by_tier
 
 from attncc.ir.nodes import Apply, Constant, Expr, Index, Load, Parameter, Size, Variable
 from attncc.ir.operators import OPERATORS
@@ -52,7 +53,7 @@ int_exprs = st.recursive(
 intervals = st.tuples(st.integers(-100, 100), st.integers(0, 60)).map(lambda t: Range(t[0], t[0] + t[1]))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=by_tier(400), deadline=None)
 @given(int_exprs, intervals, intervals, st.data())
 def test_a_range_holds_every_value(expr: Expr, x: Range, y: Range, data: st.DataObject) -> None:
     bounds = int_range(expr, variables={"x": x, "y": y})
@@ -64,6 +65,7 @@ def test_a_range_holds_every_value(expr: Expr, x: Range, y: Range, data: st.Data
 
 
 @pytest.mark.parametrize("operator", INT_OPERATORS, ids=lambda operator: operator.name)
+@settings(max_examples=by_tier(100))
 @given(intervals, intervals, st.data())
 def test_each_operator(operator, x: Range, y: Range, data: st.DataObject) -> None:
     expr = Apply(operator.name, (Variable("x", Kind.INT), Variable("y", Kind.INT))[: operator.arity])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import by_tier
 
 import attncc
 from attncc import recurrent_reference, reference
@@ -82,7 +83,7 @@ MASKS = ["causal", "q_idx - kv_idx >= 0", "not (kv_idx > q_idx)", "kv_idx < q_id
 
 
 @given(st.lists(DECAYS, max_size=2), st.lists(FACTORS, max_size=2), st.sampled_from(MASKS), st.booleans(), st.data())
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=by_tier(80))
 def test_separable_weights_are_recurrences(
     decays: list[str], factors: list[str], mask: str, normalized: bool, data: st.DataObject
 ) -> None:
@@ -101,7 +102,7 @@ def test_separable_weights_are_recurrences(
 
 
 @given(st.lists(DECAYS, min_size=1, max_size=2), st.lists(FACTORS, max_size=1), st.data())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=by_tier(40))
 def test_rewritings_of_a_weight_are_the_same_recurrence(
     decays: list[str], factors: list[str], data: st.DataObject
 ) -> None:

@@ -62,6 +62,7 @@ def test_results_are_those_of_the_pairs(spec: str, dtype: torch.dtype, runs: lis
     assert runs == [N]
 
 
+@pytest.mark.representative(1)
 @pytest.mark.parametrize("spec", SPECS)
 def test_gradients(spec: str, runs: list[int]) -> None:
     attn, rows, inputs = problem(spec)

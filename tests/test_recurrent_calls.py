@@ -61,7 +61,7 @@ def assert_right(
 FAMILIES = {"linear", "gla", "mamba2", "gated_deltanet", "rwkv7"}
 
 
-@pytest.mark.representative(9)
+@pytest.mark.representative(6)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     tiered(lambda name, dtype: dtype == F32 or (dtype == BF16 and name in FAMILIES), FORMULAS, (F32, BF16, F16, F64)),
@@ -71,6 +71,7 @@ def test_every_example(name: str, dtype: torch.dtype) -> None:
     assert_right(*problem(name, dtype))
 
 
+@pytest.mark.representative(3)
 @pytest.mark.parametrize("name", tiered(FAMILIES.__contains__, FORMULAS))
 def test_a_sequence_may_be_split_and_resumed(name: str) -> None:
     attn, q, k, v, inputs = problem(name, F64, widths=NARROW)
@@ -132,7 +133,7 @@ def test_nothing_gives_nothing(shape: tuple[int, int, int]) -> None:
     assert torch.equal(last, state)
 
 
-@pytest.mark.representative(3)
+@pytest.mark.representative(2)
 @pytest.mark.parametrize("name", tiered((FAMILIES | {"gated_delta_product"}).__contains__, FORMULAS))
 def test_gradients_of_every_example(name: str) -> None:
     attn, q, k, v, inputs = problem(name, F32, tokens=37)

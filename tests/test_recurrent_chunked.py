@@ -26,6 +26,7 @@ CASES = [
 ]
 
 
+@pytest.mark.representative(90)
 @pytest.mark.parametrize("decay", [0.3, 4.0, 20.0, float("inf")], ids=str)
 @pytest.mark.parametrize(("updates", "side", "before", "read"), CASES, ids=str)
 def test_gradients(updates: str, side: str, before: bool, read: str, decay: float) -> None:

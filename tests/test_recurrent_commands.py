@@ -70,6 +70,7 @@ def broken(attn: RecurrentAttention, result: str) -> Any:
     return kernel
 
 
+@pytest.mark.representative(1)
 @pytest.mark.parametrize("result", ["o", "state"])
 def test_verify_finds_a_fault_and_shows_it(result: str) -> None:
     spec = str(EXAMPLES / "retnet.attn")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recurrent_formulas import FORMULAS
 from test_recurrent_calls import FAMILIES, NARROW, problem
-from tiers import tiered
+from tiers import by_tier, tiered
 from torch import Tensor
 
 import attncc
@@ -51,10 +51,10 @@ def run_in_parts(
     return torch.cat(outputs, 2), state
 
 
-@pytest.mark.representative(3)
+@pytest.mark.representative(2)
 @pytest.mark.parametrize("name", tiered(FAMILIES.__contains__, CAUSAL))
 @given(data=st.data())
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=by_tier(6), deadline=None)
 def test_whole_parts_and_steps_are_the_same(name: str, data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=4))
     lengths = [*lengths[:-1], max(lengths[-1] - max(sum(lengths) - LONGEST, 0), 0)]
@@ -97,7 +97,7 @@ def decays(shape: tuple[int, ...], kind: str) -> Tensor:
 LENGTHS = [2048, pytest.param(65_536, marks=pytest.mark.slow)]
 
 
-@pytest.mark.representative(6)
+@pytest.mark.representative(4)
 @pytest.mark.parametrize("tokens", LENGTHS)
 @pytest.mark.parametrize("kind", ["none", "slow", "fast", "mixed"])
 @pytest.mark.parametrize("name", ["gated_deltanet", "gla", "kimi_delta", "rwkv7"])

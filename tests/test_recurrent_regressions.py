@@ -127,7 +127,7 @@ DECAYS = {
 }
 
 
-@pytest.mark.representative(6)
+@pytest.mark.representative(4)
 @pytest.mark.parametrize("parameters", DECAYS)
 @pytest.mark.parametrize("low", [-1.0, 0.0], ids=["negative", "zero"])
 def test_a_decay_that_has_no_logarithm(parameters: str, low: float) -> None:
@@ -168,6 +168,7 @@ def test_zero_to_the_power_of_zero_keeps_the_state() -> None:
     compare(attn, *rows(5), x=torch.tensor([0.0, 2.0]), n=0)
 
 
+@pytest.mark.representative(1)
 @pytest.mark.parametrize("width", [16, 24])
 def test_keys_of_what_is_erased_beside_keys_of_what_is_written(width: int) -> None:
     text = "attention a(g: float[B, H, N], x: float[B, H, N, D], y: float[B, H, N, D]):\n    recurrence:\n"

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import Call, attentions, calls, cases
 from test_reference import CAUSAL, spec
+from tiers import by_tier
 
 from attncc.build import check
 from attncc.eager import eager
@@ -17,7 +18,7 @@ from attncc.ir.nodes import Attention
 from attncc.reference import evaluate
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=by_tier(100))
 @given(cases(dtype=torch.float64, longest=40, widest=17))
 def test_in_float64_the_plain_formula_is_the_reference(case: tuple[Attention, Call]) -> None:
     """Two evaluations of the same IR that share only the meaning of its operators: dense and masked against the
@@ -32,7 +33,7 @@ def test_in_float64_the_plain_formula_is_the_reference(case: tuple[Attention, Ca
         torch.testing.assert_close(plain_lse, lse, rtol=1e-9, atol=1e-10)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=by_tier(100))
 @given(cases(dtype=torch.float64, longest=30, widest=9))
 def test_in_float64_the_eager_formula_is_the_reference(case: tuple[Attention, Call]) -> None:
     attention, call = case
@@ -45,7 +46,7 @@ def test_in_float64_the_eager_formula_is_the_reference(case: tuple[Attention, Ca
     torch.testing.assert_close(o, expected, rtol=1e-9, atol=1e-10)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=by_tier(60))
 @given(st.data(), st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
 def test_the_plain_formula_itself_passes(data: st.DataObject, dtype: torch.dtype) -> None:
     attention = data.draw(attentions())

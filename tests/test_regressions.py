@@ -25,6 +25,7 @@ def test_a_tensor_in_score_and_mask_still_masks_values_that_are_not_finite() -> 
     torch.testing.assert_close(attn(q, k, v, bias=bias).double(), attn.reference(q, k, v, bias=bias), rtol=0, atol=1e-5)
 
 
+@pytest.mark.representative(5)
 @pytest.mark.parametrize("target", ["cpp", "cpp:portable", "triton:interpret"])
 @pytest.mark.parametrize("low", ["-1e10", "-1e30", "-3e38"])
 def test_scores_of_any_size_leave_weights_finite(low: str, target: str) -> None:

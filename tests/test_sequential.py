@@ -92,7 +92,7 @@ CPP_AND_TRITON = pytest.mark.parametrize("target", [TARGETS[0], INTERPRETED])
 SOME = {"both_channels", "softmax_of_keys", "normalized_rows"}
 
 
-@pytest.mark.representative(16)
+@pytest.mark.representative(12)
 @pytest.mark.parametrize(
     ("name", "target"),
     tiered(lambda name, target: target in (TARGETS[0], INTERPRETED) or name in SOME, CASES, TARGETS),
@@ -101,6 +101,7 @@ def test_every_case(name: str, target: str) -> None:
     assert_right(CASES[name], target, *draw(CASES[name], F32))
 
 
+@pytest.mark.representative(12)
 @CPP_AND_TRITON
 @pytest.mark.parametrize(
     ("name", "dtype"),
@@ -111,7 +112,7 @@ def test_every_type(name: str, target: str, dtype: torch.dtype) -> None:
     assert_right(CASES[name], target, *draw(CASES[name], dtype))
 
 
-@pytest.mark.representative(12)
+@pytest.mark.representative(8)
 @pytest.mark.parametrize("name", ["bounded", "by_value_channels", "squared"])
 @CPP_AND_TRITON
 @pytest.mark.parametrize("widths", [(1, 1), (16, 32), (3, 64), (64, 40), (130, 5)], ids=str)
@@ -137,7 +138,7 @@ def test_no_tokens_no_heads_no_batch(target: str) -> None:
             assert torch.equal(last, state)
 
 
-@pytest.mark.representative(12)
+@pytest.mark.representative(8)
 @CASE
 @CPP_AND_TRITON
 def test_rows_inputs_and_states_in_any_layout(name: str, target: str) -> None:
@@ -153,6 +154,7 @@ def spread(x: Tensor) -> Tensor:
     return gaps[..., 0].permute(*reversed(range(x.dim())))
 
 
+@pytest.mark.representative(12)
 @pytest.mark.parametrize("name", [name for name in CASES if name != "by_position"])  # `t` is a place in a call
 @CPP_AND_TRITON
 def test_a_sequence_may_be_split_and_resumed(name: str, target: str) -> None:
@@ -284,7 +286,7 @@ def assert_gradients(
         assert_close(f"gradient of {name}", a, b.to(F64), c)
 
 
-@pytest.mark.representative(16)
+@pytest.mark.representative(10)
 @CASE
 @pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=str)
 def test_gradients(name: str, dtype: torch.dtype) -> None:

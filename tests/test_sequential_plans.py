@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sequential_cases import CASES
 from test_normal_form import GIVEN, STATE, D, E, H, K, N, Q, V, recurrence_of
 from test_templates import TEMPLATES, documented, used_filters
+from tiers import by_tier
 
 import attncc
 from attncc.diagnostics import BuildError
@@ -141,6 +142,7 @@ def test_explain_says_what_prevents_a_normal_form_and_what_runs_instead() -> Non
     assert "  backward   the same statements in PyTorch" in text
 
 
+@pytest.mark.representative(2)
 @pytest.mark.parametrize("name", ["bounded", "by_value_channels", "softmax_of_keys", "squared"])
 def test_it_compiles_for_a_gpu(name: str) -> None:
     attention = attncc.build(CASES[name].source).attention
@@ -264,7 +266,7 @@ VALUES_OF_EVERY_KIND = [
 ]
 
 
-@pytest.mark.representative(16)
+@pytest.mark.representative(10)
 @pytest.mark.parametrize("target", ["cpp", "triton:interpret"])
 @pytest.mark.parametrize("lines", VALUES_OF_EVERY_KIND, ids=str)
 def test_values_of_every_kind(target: str, lines: tuple[str, ...]) -> None:
@@ -273,7 +275,7 @@ def test_values_of_every_kind(target: str, lines: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("target", ["cpp", "triton:interpret"])
 @given(lines=recurrences())
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=by_tier(12))
 def test_random_statements(target: str, lines: list[str]) -> None:
     assert_right(target, lines)
 

@@ -101,7 +101,7 @@ EVERY = [(dtype, widths) for dtype in (F32, BF16, F16, F64) for widths in ((16, 
 CASES = [pytest.param(*case, id=str(case), marks=() if case in QUICK else pytest.mark.slow) for case in EVERY]
 
 
-@pytest.mark.representative(6)
+@pytest.mark.representative(4)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize(("dtype", "widths"), CASES)
 def test_every_sort_of_input(dtype: torch.dtype, widths: tuple[int, int], heads: tuple[int, int, int]) -> None:

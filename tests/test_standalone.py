@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiers import tiered
 
 import attncc
 from attncc.cli import main
@@ -35,18 +34,9 @@ torch.save(function(q, k, v, **more, return_lse=True), sys.argv[4])
 """
 
 
-QUICK = {("sliding_window", "cpp"), ("document_causal", "triton:interpret"), ("yarn", "cpp")}
-
-
-@pytest.mark.representative(1)
-@pytest.mark.parametrize(
-    ("example", "target"),
-    tiered(
-        lambda *case: case in QUICK,
-        ("sliding_window", "document_causal", "yarn", "forgetting_transformer"),
-        ("cpp", "triton:interpret"),
-    ),
-)
+@pytest.mark.slow  # that of the quick tier is in `test_cli.py`
+@pytest.mark.parametrize("example", ["sliding_window", "document_causal", "yarn", "forgetting_transformer"])
+@pytest.mark.parametrize("target", ["cpp", "triton:interpret"])
 def test_a_standalone_file_runs_without_attncc(example: str, target: str, tmp_path: Path) -> None:
     attn = attncc.build(EXAMPLES / f"{example}.attn", target=target)
     generator = torch.Generator().manual_seed(0)

@@ -71,7 +71,7 @@ def assert_right(
         )
 
 
-@pytest.mark.representative(3)
+@pytest.mark.representative(2)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     by_type(NAMES, (F32, BF16), representative=("biased", "sink"), alike=ALIKE),
@@ -81,6 +81,7 @@ def test_cpp(name: str, dtype: torch.dtype) -> None:
     assert_right(name, "cpp", dtype)
 
 
+@pytest.mark.representative(1)
 @pytest.mark.parametrize(
     ("name", "dtype"), tiered(lambda name, dtype: name == "sink", ("sink", "rows"), (F16, F64)), ids=str
 )
@@ -88,7 +89,7 @@ def test_cpp_in_other_types(name: str, dtype: torch.dtype) -> None:
     assert_right(name, "cpp", dtype)
 
 
-@pytest.mark.representative(2)
+@pytest.mark.representative(1)
 @pytest.mark.parametrize(
     ("name", "dtype", "arch"),
     tiered(
@@ -103,7 +104,7 @@ def test_cpp_for_other_machines(name: str, dtype: torch.dtype, arch: str) -> Non
     assert_right(name, f"cpp:{arch}", dtype)
 
 
-@pytest.mark.representative(5)
+@pytest.mark.representative(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_triton(name: str) -> None:
     assert_right(name, INTERPRETED, F32)

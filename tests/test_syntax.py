@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from syntax_strategies import expressions, files
+from tiers import by_tier
 
 from attncc.diagnostics import SpecError
 from attncc.resources import folder
@@ -30,7 +31,7 @@ def expression(text: str) -> nodes.Expression:
 
 
 @given(files())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=by_tier(150), deadline=None)
 def test_a_printed_file_reads_back_the_same(file: nodes.File) -> None:
     assert read(print_file(file)) == file
 
@@ -42,7 +43,7 @@ def test_a_printed_expression_reads_back_the_same(value: nodes.Expression) -> No
 
 
 @given(files())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=by_tier(100), deadline=None)
 def test_a_printed_file_is_formatted(file: nodes.File) -> None:
     text = print_file(file)
     formatted = format_source(Source("test.attn", text))
@@ -70,7 +71,7 @@ def commented(draw: st.DrawFn) -> str:
 
 
 @given(commented())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=by_tier(200), deadline=None)
 def test_formatting_is_stable_and_keeps_every_comment(text: str) -> None:
     formatted = format_source(Source("test.attn", text))
     assert read(formatted) == read(text)

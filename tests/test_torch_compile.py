@@ -51,6 +51,7 @@ def test_forward_and_backward_without_a_break(backend: str) -> None:
     assert_close(torch.autograd.grad(compiled(q, k, v, doc).square().sum(), tensors), exact)
 
 
+@pytest.mark.representative(1)
 @pytest.mark.parametrize("normalize", ["", "    normalize = sum\n"])
 def test_weights_of_ones_own(normalize: str) -> None:
     attn = attncc.build(f"attention gated():\n    weight = sigmoid(score)\n{normalize}    mask = causal\n")

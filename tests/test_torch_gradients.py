@@ -95,7 +95,7 @@ def test_the_same_tensor_everywhere() -> None:
     assert_close(gradients(partial(call, twice), x, weights), gradients(partial(call, twice.reference), x, weights))
 
 
-@pytest.mark.representative(2)
+@pytest.mark.representative(1)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_captured_tensors_of_other_types(dtype: torch.dtype) -> None:
     captured = {**inputs(), "slope": inputs()["slope"].to(dtype), "cap": inputs()["cap"].to(dtype)}
@@ -241,6 +241,7 @@ def test_threads() -> None:
             assert torch.equal(x, y)
 
 
+@pytest.mark.representative(1)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
     q, k, v = leaves(*operands())

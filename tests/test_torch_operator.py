@@ -46,7 +46,7 @@ def test_opcheck_of_a_specification_with_every_kind_of_input(learned: tuple[str,
     torch.library.opcheck(ATTEND, arguments(EVERYTHING, *values.values()))
 
 
-@pytest.mark.representative(3)
+@pytest.mark.representative(2)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     tiered(

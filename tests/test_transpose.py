@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from masks import at_tiles, pairs, pieces, predicates, scenes, solvable, tiles_of
 from test_blocks import BOUNDS, LIST, SCAN, SHAPES, TILES, TWO_RANGES, UNTOLD, scene_of
+from tiers import by_tier
 from torch import Tensor
 
 from attncc.ir.blocks import BlockStructure
@@ -45,13 +46,13 @@ def check(structure: BlockStructure, scene: Scene, block_n: int, kept: Tensor) -
     return visited, full
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=by_tier(300), deadline=None)
 @given(predicates, scenes(), blocks)
 def test_ranges_hold_every_kept_pair_and_their_full_parts_nothing_else(mask: Expr, scene: Scene, block_n: int) -> None:
     check(transposed_block_structure(mask), scene, block_n, pairs(mask, scene))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=by_tier(150), deadline=None)
 @given(solvable, scenes(), blocks)
 def test_ranges_of_predicates_that_can_be_solved(mask: Expr, scene: Scene, block_n: int) -> None:
     check(transposed_block_structure(mask), scene, block_n, pairs(mask, scene))

@@ -9,6 +9,7 @@ import torch
 from expr_strategies import Q_IDX, Q_ROW, B, D, H, load, number, op, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import by_tier
 
 import attncc
 from attncc.ir.errors import IRError
@@ -199,7 +200,7 @@ def inputs_of(expr: Expr, width: int) -> dict[str, torch.Tensor]:
     return {name: normal(*shapes[name], seed=i) for i, name in enumerate(names)}
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=by_tier(120))
 @given(st.data(), st.integers(2, 6))
 def test_random_transforms(data: st.DataObject, width: int) -> None:
     transform = data.draw(transforms(width))

@@ -144,6 +144,7 @@ def test_every_candidate_compiles_and_fits(arch: str) -> None:
         assert all(resources.shared <= MACHINES[arch].shared for resources in result.values())
 
 
+@pytest.mark.representative(2)
 @pytest.mark.parametrize("name", ["aligned", "wide", "packed", "unit"])
 def test_a_variant_that_takes_nothing_for_granted(name: str) -> None:
     plan, source = Case("bias", BF16, 64, 64, "sm_90").kernels()[-1]

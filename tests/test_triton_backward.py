@@ -106,7 +106,10 @@ def check_spec(spec: str, dtype: torch.dtype = F32, sizes: Sizes = SIZES, **rest
 QUICK_BF16 = {"causal", "softcap", "relative_bias"}
 CASES = [
     pytest.param(
-        name, dtype, id=f"{name}-{dtype}", marks=() if dtype is F32 or (dtype is BF16 and name in QUICK_BF16) else SLOW
+        name,
+        dtype,
+        id=f"{name}-{dtype}",
+        marks=() if (dtype is F32 and name != "bigbird") or (dtype is BF16 and name in QUICK_BF16) else SLOW,
     )
     for name in VARIANTS
     for dtype in (F32, BF16, F16, F64)
@@ -145,6 +148,7 @@ def test_lists_of_tiles() -> None:
     check_spec(DOCUMENT, inputs=documents(SIZES.N))
 
 
+@pytest.mark.representative(4)
 @pytest.mark.parametrize(("H", "HKV"), [(3, 3), (6, 2), (4, 1)])
 @pytest.mark.parametrize("spec", [CAUSAL, "attention a(t: f32[H]):\n    score = qk * t[h]\n    mask = window(50)\n"])
 def test_groups_of_query_heads(spec: str, H: int, HKV: int) -> None:
@@ -157,7 +161,7 @@ def test_widths(D: int, E: int) -> None:
     check_spec(CAUSAL, sizes=Sizes(B=1, H=1, HKV=1, M=130, N=140, D=D, E=E))
 
 
-@pytest.mark.representative(8)
+@pytest.mark.representative(5)
 @pytest.mark.parametrize(("M", "N"), [(1, 2), (1, 300), (300, 3), (128, 128), (129, 127), (257, 130)])
 @pytest.mark.parametrize("spec", [CAUSAL, TWO_RANGES, DILATED])
 def test_lengths(spec: str, M: int, N: int) -> None:
@@ -287,7 +291,7 @@ def test_transforms_of_rows_by_query_head() -> None:
 # --- masked values ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.representative(3)
+@pytest.mark.representative(2)
 @pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("dtype", [F32, pytest.param(BF16, marks=SLOW)], ids=str)
 @pytest.mark.parametrize(
@@ -318,7 +322,7 @@ def test_masked_pairs_add_nothing_whatever_stands_there(spec: str, dtype: torch.
         assert torch.equal(x, clean[name]), name
 
 
-@pytest.mark.representative(3)
+@pytest.mark.representative(2)
 @pytest.mark.parametrize("spec", [CAUSAL, DILATED, "attention a():\n    weight = score\n    mask = causal\n"])
 @pytest.mark.parametrize("odd", [torch.nan, torch.inf], ids=str)
 def test_kept_pairs_follow_the_mathematics(spec: str, odd: float) -> None:

@@ -11,6 +11,7 @@ from error_rule import check_kernel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strategies import attentions, calls
+from tiers import by_tier
 from torch import Tensor
 
 import attncc
@@ -173,6 +174,7 @@ def test_query_groups(H: int, HKV: int) -> None:
     check(SPECS["alibi"][0], torch.float32, B=2, H=H, HKV=HKV, M=40, N=140, D=16, inputs=slopes)
 
 
+@pytest.mark.representative(12)
 @pytest.mark.parametrize(("M", "N"), [(1, 1), (1, 300), (300, 1), (128, 128), (129, 127), (256, 257), (5, 1000)])
 @pytest.mark.parametrize(
     "name", ["window", "sink_window", "dilated", *(pytest.param(name, marks=SLOW) for name in ("causal", "full"))]
@@ -253,6 +255,7 @@ def test_keys_that_no_query_sees_may_hold_anything(name: str) -> None:
     assert o.isfinite().all()
 
 
+@pytest.mark.representative(6)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["full", "causal", "document", "dilated", "relu_squared"])
 def test_missing_and_infinite_numbers_reach_the_rows_that_see_them(name: str, dtype: torch.dtype) -> None:
@@ -286,7 +289,7 @@ def test_many_random_specs(data: st.DataObject, dtype: torch.dtype) -> None:
     check_random(data, dtype)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=by_tier(15), deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), dtype=st.sampled_from(ALL_DTYPES))
 def test_random_specs(data: st.DataObject, dtype: torch.dtype) -> None:
     check_random(data, dtype)

@@ -97,7 +97,7 @@ def test_triton_is_as_before_afterwards(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("switch", ["0", "1"])
+@pytest.mark.parametrize("switch", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_whatever_the_process_was_started_with(switch: str, tmp_path: Path) -> None:
     program = f"""
 import sys

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recurrent_core import core
+from tiers import by_tier
 from triton_recurrent_support import CASES, calls, check_forward, compiled, draw, draw_state, plan_of
 
 from attncc.ir.types import DType
@@ -21,6 +22,7 @@ def check_case(updates: str, side: str, before: bool, read: str, tokens: int, **
     check_forward(plan, draw(plan, tokens, heads=1, **drawn), draw_state(plan, 1, 1))
 
 
+@pytest.mark.representative(8)
 @pytest.mark.parametrize(("updates", "side", "before", "read"), QUICK, ids=str)
 def test_a_chunk_and_a_tail(updates: str, side: str, before: bool, read: str) -> None:
     check_case(updates, side, before, read, 37)
@@ -59,6 +61,7 @@ def test_packed_sequences(updates: str) -> None:
     check_forward(plan, draw(plan, 53), draw_state(plan, 5), offsets)
 
 
+@pytest.mark.representative(8)
 @pytest.mark.parametrize(("updates", "side", "before", "read"), QUICK, ids=str)
 def test_a_few_tokens(updates: str, side: str, before: bool, read: str) -> None:
     plan = plan_of(updates, side, before=before, read=read, widths=(7, 20))
@@ -96,6 +99,7 @@ def test_operands_of_any_stride() -> None:
     check_forward(plan, mixed, draw_state(plan, 1))
 
 
+@pytest.mark.representative(3)
 @pytest.mark.parametrize("updates", ["write", "delta"])
 @pytest.mark.parametrize("dtype", [DType.BF16, DType.F16, DType.F64])
 def test_types(dtype: DType, updates: str) -> None:
@@ -113,7 +117,7 @@ def test_keys_that_are_alike(dtype: DType) -> None:
     check_forward(plan, type(operands)(operands.query, (keys,), operands.values, (keys,), None))
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=by_tier(8), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_drawn(data: st.DataObject) -> None:
     check_drawn(data)

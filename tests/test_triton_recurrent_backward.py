@@ -27,7 +27,7 @@ def check_case(updates: str, side: str, before: bool, read: str, tokens: int, **
     check_backward(plan, draw(plan, tokens, heads=1, **drawn), draw_state(plan, 1, 1))
 
 
-@pytest.mark.representative(6)
+@pytest.mark.representative(4)
 @pytest.mark.parametrize(("updates", "side", "before", "read"), QUICK, ids=str)
 def test_a_chunk_and_a_tail(updates: str, side: str, before: bool, read: str) -> None:
     check_case(updates, side, before, read, 37)
@@ -40,6 +40,7 @@ def test_every_form(updates: str, side: str, before: bool, read: str, tokens: in
     check_case(updates, side, before, read, tokens)
 
 
+@pytest.mark.representative(2)
 @pytest.mark.parametrize("side", ["scalar", "key", "value"])
 def test_tokens_that_forget(side: str) -> None:
     """Steep decays and such as leave nothing: gradients are finite, and those of what was forgotten exactly 0."""

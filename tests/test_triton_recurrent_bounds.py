@@ -14,7 +14,7 @@ from attncc.runtime.triton import LoadedModule
 from attncc.runtime.triton_fields import Function
 
 
-@pytest.mark.representative(12)
+@pytest.mark.representative(8)
 @pytest.mark.parametrize("at_end", [False, True])
 @pytest.mark.parametrize("tokens", [0, 3, 40])
 @pytest.mark.parametrize("widths", [(1, 1), (1, 20), (20, 1), (5, 70)])

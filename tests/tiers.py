@@ -7,6 +7,21 @@ from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import pytest
+import torch
+
+# Whether this run is of the quick tier alone; `conftest.py` sets it before it loads a test.
+quick = False
+TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def by_tier(examples: int) -> int:
+    """How many examples hypothesis draws: `examples` in the long tier, half of them in the quick one."""
+    return (examples + 1) // 2 if quick else examples
+
+
+def types(*taken: torch.dtype) -> pytest.MarkDecorator:
+    """The test's `dtype` is each one; all but those `taken` are of the long tier."""
+    return pytest.mark.parametrize("dtype", tiered(taken.__contains__, TYPES), ids=str)
 
 
 def tiered(quick: Callable[..., bool], *axes: Iterable[Any]) -> list[Any]:
