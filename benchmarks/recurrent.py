@@ -6,7 +6,8 @@ B1 H8 N8192 at D 64 and 128, f32 and bf16, beside PyTorch's chunks at the best o
 and SDPA. By default one thread's processor time is measured, which other work on the machine does not stretch. Times
 are of whole calls, in turn. Shares of the peak are those of the compiled kernels, in calls that had the core to
 themselves: how quick its registers and caches are is measured before and after each. recurrent_cases.py says what is
-counted. Tensors lie in large pages, for all alike, where the system has them.
+counted. Tensors lie in large pages, and memory is kept, for all alike; recurrent_memory.py says how much quicker than
+PyTorch's chunks kernels are without that.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ from typing import Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch asks for it before its first tensor
 
+import recurrent_memory as memory
 import recurrent_peers as peers
 import recurrent_scaling as scaling
 import torch
 from recurrent_cases import (
     DTYPES,
+    HEADS,
+    LENGTH,
     LIMIT,
     ROOT,
     VARIANTS,
@@ -50,15 +54,14 @@ from rich.table import Table
 from attncc.bench import machine
 from attncc.timing import Timing, alternate
 
-HEADS, LENGTH = 8, 8192
 UNDISTURBED = 9  # calls that had the core to themselves
 BACKWARD = ("mamba2", "gla", "gated_deltanet")
 CONTENDERS = {"chunked": "PyTorch, chunks", "token_loop": "PyTorch, tokens", "sdpa": "SDPA causal"}
 
 
 class Cell:
-    """An example at a type and width beside PyTorch's chunks, SDPA and, forward, its loop over tokens. SDPA takes the
-    same for all examples, and is measured beside the first one."""
+    """An example at a type and width beside PyTorch's chunks and, forward, its loop over tokens; and beside SDPA, which
+    takes long: backward it is measured beside the first example only, since it takes the same for all."""
 
     def __init__(self, variant: str, width: int, dtype: str, backward: bool, softmax: bool) -> None:
         self.case = case = Case.draw(variant, dtype, 1, HEADS, LENGTH, width, gradients=backward)
@@ -120,7 +123,7 @@ def grid(backward: bool, quick: bool, repeat: int) -> list[dict[str, Any]]:
     name, variants = ("backward", BACKWARD) if backward else ("forward", tuple(VARIANTS))
     drawn = list(itertools.product(variants, (64,) if quick else (64, 128), DTYPES))
     cells = [
-        Cell(*drawn_cell, backward, softmax=drawn_cell[0] == variants[0])
+        Cell(*drawn_cell, backward, softmax=not backward or drawn_cell[0] == variants[0])
         for drawn_cell in track(drawn, description=f"{name}: settings of PyTorch")
     ]
     turns: dict[str, Callable[[], object]] = {}
@@ -132,11 +135,11 @@ def grid(backward: bool, quick: bool, repeat: int) -> list[dict[str, Any]]:
         timings = alternate(turns, repeat, warmup=1, tick=lambda _: progress.advance(task))
     beside = [cell.own.samples[-repeat * len(cell.contenders) :] for cell in cells]
     best = until_undisturbed([cell.own for cell in cells], UNDISTURBED, LIMIT, name)
-    softmax = {drawn[i][1:]: timings[f"{i} sdpa"] for i, cell in enumerate(cells) if "sdpa" in cell.contenders}
+    softmax = {drawn[i][1:]: timings[f"{i} sdpa"] for i, cell in enumerate(cells) if drawn[i][0] == variants[0]}
     rows = []
     for i, cell in enumerate(cells):
         others = {contender: timings[f"{i} {contender}"] for contender in cell.contenders}
-        rows.append(cell.row({**others, "sdpa": softmax[drawn[i][1:]]}, beside[i], best))
+        rows.append(cell.row({"sdpa": softmax[drawn[i][1:]], **others}, beside[i], best))
     Console(width=120).print(table(rows, backward))
     return rows
 
@@ -151,6 +154,7 @@ def main() -> None:
     sections: dict[str, Callable[[argparse.Namespace], Any]] = {
         "forward": lambda given: grid(False, given.quick, given.repeat),
         "backward": lambda given: grid(True, given.quick, given.repeat),
+        "memory_as_it_comes": lambda given: memory.in_a_process_of_its_own(given.quick, given.repeat),
         "lengths": lambda given: scaling.lengths(given.quick, given.repeat),
         "step": lambda given: scaling.steps(given.quick, given.repeat),
         "two_threads": lambda given: scaling.two_threads(given.repeat),

@@ -43,6 +43,7 @@ EXAMPLES = ROOT / "examples" / "recurrent"
 # of the registers' rate, or of what the caches bring, while clocks alone vary by a sixth.
 ALONE = 0.78
 COPIES = 20
+HEADS, LENGTH = 8, 8192
 LIMIT = 240.0  # seconds spent on calls that had the core to themselves
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 # The kind of state update of each variant that is compared with others.
