@@ -34,6 +34,7 @@ class CoreLayout:
     value_tile    value channels of a program of `states` and `reverse`; output_tile: of `outputs`; step_tile: of `step`
     gradient_keys key channels of a program of `read_gradients` and `update_gradients`
     gradient_tile, key_tile: value channels, and key channels, of a step of loops over all of them in a backward pass
+                  (`decay_gradients` takes value_tile, since it has two states of f32 at a time)
     """
 
     slots: int

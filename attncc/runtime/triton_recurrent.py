@@ -144,7 +144,8 @@ class TritonCore:
             workspaces["d_updates"] = torch.empty_like(given["updates"])
             workspaces["d_erase_pairs"] = torch.empty_like(given["inverses"])
         if self.plan.side != "none":
-            rows = {"read": layout.chunk, "update": layout.rows} | ({"erase": layout.rows} if self.plan.erasing else {})
+            rows = {"read": layout.chunk, "update": layout.rows, "last": layout.blocks}
+            rows |= {"erase": layout.rows} if self.plan.erasing else {}
             for name, count in rows.items():
                 workspaces[f"{name}_decays"] = given["decays"].new_empty((chunks, count, layout.decay_padded))
         return workspaces

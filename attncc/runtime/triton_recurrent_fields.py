@@ -11,7 +11,8 @@ from attncc.runtime.triton_fields import TYPES, Field, Function, Role
 # Numbers of tokens and chunks; sums and states; whatever else is no operand is stored like one.
 _WHOLE = frozenset({"chunks", "first_chunks", "offsets"})
 _STATES = frozenset({"initial_state", "final_state", "d_initial_state", "d_final_state"})
-_WIDE = _STATES | {"log_decay", "d_log_decay", "erase_pairs", "decays", "read_decays", "erase_decays", "update_decays"}
+_DECAYS = frozenset({"decays", "read_decays", "erase_decays", "update_decays", "last_decays"})
+_WIDE = _STATES | _DECAYS | {"log_decay", "d_log_decay", "erase_pairs"}
 
 
 def core_functions(plan: CorePlan) -> tuple[Function, ...]:
@@ -72,7 +73,7 @@ def _backward_functions(plan: CorePlan) -> tuple[Function, ...]:
     reads_of_update = ["query", *(keys if by_key else []), *erases, *([] if by_value else own_values)]
     update = [*reads_of_update, *where(by_key, "log_decay"), *where(plan.erasing or by_value, "updates"), "d_states"]
     update += ["d_query_pairs", *where(plan.erasing, "d_erase_pairs"), *gradients(keys)]
-    update += [*where(by_key, "update_decays"), "chunks"]
+    update += [*where(by_key, "update_decays", "last_decays"), "chunks"]
     of_pairs = function("pair_gradients", pairs, own_values, "H", "N", "chunk_count")
     of_values: list[Function] = []
     if by_value:
@@ -80,7 +81,8 @@ def _backward_functions(plan: CorePlan) -> tuple[Function, ...]:
         pairs += ["read_decays", "chunks"]
         of_pairs = function("pair_gradients", pairs, values, "H", "N", "chunk_count", "sequences")
         value = [*values, "log_decay", "keys", "query_pairs", "d_o", "d_states", *gradients(values)]
-        of_values = [function("value_gradients", [*value, "update_decays", "chunks"], values, "H", "N", "chunk_count")]
+        value += ["update_decays", "last_decays", "chunks"]
+        of_values = [function("value_gradients", value, values, "H", "N", "chunk_count")]
     of_states = function("reverse", reverse, (), "H", "N", "chunk_count", "sequences")
     functions = [
         *((of_pairs, of_states) if by_value else (of_states, of_pairs)),
@@ -89,8 +91,9 @@ def _backward_functions(plan: CorePlan) -> tuple[Function, ...]:
         *of_values,
     ]
     if plan.side != "none":
-        decay = ["states", "d_states", "read_decays", *where(plan.erasing, "erase_decays"), "update_decays"]
-        pointers = [*decay, "d_log_decay", "chunks"]
+        decay = ["initial_state", "states", "d_final_state", "d_states", "decays"]
+        decay += ["read_decays", *where(plan.erasing, "erase_decays"), "update_decays", "last_decays"]
+        pointers = [*decay, "d_log_decay", "chunks", "first_chunks"]
         functions.append(function("decay_gradients", pointers, (), "H", "N", "chunk_count", "sequences"))
     return tuple(functions)
 
