@@ -14,7 +14,7 @@ from triton_recurrent_support import plan_of
 from attncc.diagnostics import BuildError
 from attncc.emit.recurrent_triton import render_core
 from attncc.ir.types import DType
-from attncc.plan.recurrent import CorePlan, gradient_of
+from attncc.plan.recurrent import CorePlan, gradient_of, with_exact_state
 from attncc.plan.triton_tiles import MACHINES, WITHOUT_F64
 from attncc.runtime.triton_aot import compile_ahead
 
@@ -28,6 +28,7 @@ FORMS = {
     "kda": ("delta", "key", False),
     "rwkv7": ("erase and write", "key", True),
 }
+EXACT = " with its state"  # after a form: of calls that return the state
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ class CoreCase(Case):
         return [(plan, render_core(plan, ())) for plan in plans]
 
     def plan(self) -> CorePlan:
-        updates, side, before = FORMS[self.spec]
+        updates, side, before = FORMS[self.spec.removesuffix(EXACT)]
         widths = (self.width_qk, self.width_v)
-        return plan_of(updates, side, before=before, dtype=self.dtype, widths=widths, arch=self.arch)
+        plan = plan_of(updates, side, before=before, dtype=self.dtype, widths=widths, arch=self.arch)
+        return with_exact_state(plan) if self.spec.endswith(EXACT) else plan
 
     def allows(self, function: str, warning: str) -> bool:
         # C7519 tells of a synchronisation that ptxas adds where a factor of a product comes from registers.
@@ -58,6 +60,12 @@ GRID = [
         for arch in MACHINES
     ),
     *(CoreCase("kda", BF16, 256, 256, arch) for arch in MACHINES),
+    *(
+        CoreCase(form + EXACT, BF16, w, w, arch)
+        for form in ("retention", "gla")
+        for w in (64, 128)
+        for arch in MACHINES
+    ),
 ]
 
 

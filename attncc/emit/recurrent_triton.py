@@ -197,8 +197,9 @@ def _gradient_keys(plan: CorePlan) -> int:
 
 
 def _is_crowded(plan: CorePlan) -> bool:
-    """Whether inverses leave too few registers: on sm_80, all factors of products come from there."""
-    return plan.target.arch == "sm_80" and plan.erasing
+    """Whether inverses, or parts of f32 numbers, leave too few registers: on sm_80, all factors of products come from
+    there."""
+    return plan.target.arch == "sm_80" and (plan.erasing or plan.exact_state)
 
 
 def launch_of(plan: CorePlan, function: str) -> tuple[int, int, int | None]:
@@ -210,6 +211,7 @@ def launch_of(plan: CorePlan, function: str) -> tuple[int, int, int | None]:
     layout = layout_of(plan)
     wide = {
         "pairs": layout.key_padded * layout.slots > 128,
+        "states": plan.exact_state and _is_crowded(plan),
         "reverse": layout.key_padded > (64 if _is_crowded(plan) else 128),
         "read_gradients": layout.gradient_keys * layout.slots > 128,
         "update_gradients": layout.gradient_keys * layout.slots > 128,

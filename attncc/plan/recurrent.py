@@ -37,6 +37,8 @@ class CorePlan:
     side         log_decay has one number per token ("scalar"), or one per key or value channel ("key", "value");
                  there is none where it is "none"
     staging      how the kernel makes the operands itself; None where a call brings them
+    exact_state  the last state has all digits of its type, where products of shorter rows would take some: on Triton,
+                 where C++ kernels are told at run time
     normalized   outputs have E - 1 channels: those before the last, divided by it, and 0 where that is 0
     """
 
@@ -52,6 +54,7 @@ class CorePlan:
     read: Literal["pre", "post"]
     staging: Staging | None = None
     normalized: bool = False
+    exact_state: bool = False
 
     @property
     def finished(self) -> bool:
@@ -95,3 +98,11 @@ def plan_core(
 def gradient_of(plan: CorePlan) -> CorePlan:
     """The gradients of a core, by operands that are given."""
     return replace(plan, kernel="recurrent_backward", name=f"{plan.name}_backward")
+
+
+def with_exact_state(plan: CorePlan) -> CorePlan:
+    """`plan`, or one of its own where its products would take digits from the state: what is written has decays, and
+    rows are shorter than the state. What is erased is read in the type of rows, so the state has no more digits."""
+    short = plan.dtype in (DType.BF16, DType.F16)
+    rounds = plan.target.backend == "triton" and short and plan.side != "none" and not plan.erasing
+    return replace(plan, exact_state=True) if rounds else plan

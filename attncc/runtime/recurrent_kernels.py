@@ -16,7 +16,7 @@ from attncc.ir.recurrence import Recurrence
 from attncc.ir.types import DType
 from attncc.passes.updates import UpdateForm
 from attncc.plan.nodes import Specialization, Target
-from attncc.plan.recurrent import CorePlan, gradient_of, plan_core
+from attncc.plan.recurrent import CorePlan, gradient_of, plan_core, with_exact_state
 from attncc.plan.staging import NotStaged, plan_staging
 from attncc.runtime import cache
 from attncc.runtime.arguments import DTYPES, Sizes
@@ -57,7 +57,7 @@ class RecurrentKernels:
         if self.recurrence.bidirectional:
             output, last = self._bidirectional(operands, prepared.value_width, state)
         else:
-            core = self._core(operands, prepared.value_width)
+            core = self._core(operands, prepared.value_width, exact_state=bound.exact_state)
             output, last = run_core(core, operands, prepared.value_width, state, bound.offsets)
         return prepared.finished(output), last
 
@@ -141,14 +141,15 @@ class RecurrentKernels:
         normalized = self.recurrence.normalizer == "sum"
         return replace(core, name="recurrent_staged", staging=staging, normalized=normalized)
 
-    def _core(self, operands: Operands, value_width: int) -> CompiledCore:
+    def _core(self, operands: Operands, value_width: int, *, exact_state: bool = False) -> CompiledCore:
         query = operands.query
-        key = (query.dtype, query.shape[3], value_width, query.device)
+        key = (query.dtype, query.shape[3], value_width, query.device, exact_state)
         if key not in self.built:
             with self._lock:
                 if key not in self.built:
                     target = resolve(self.target, query.device, self.templates)
                     plan = self.plan(target, query.dtype, query.shape[3], value_width)
+                    plan = with_exact_state(plan) if exact_state else plan
                     self.built[key] = plan, self._compile(plan)
         return self.built[key][1]
 

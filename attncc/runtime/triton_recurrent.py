@@ -139,7 +139,7 @@ class TritonCore:
             "d_query_pairs": torch.empty_like(given["query_pairs"]),
         }
         if self.plan.side == "value":
-            workspaces["d_outputs"] = given["updates"].new_empty((chunks, layout.chunk, layout.value_padded))
+            workspaces["d_outputs"] = given["queries"].new_empty((chunks, layout.chunk, layout.value_padded))
         if self.plan.erasing:
             workspaces["d_updates"] = torch.empty_like(given["updates"])
             workspaces["d_erase_pairs"] = torch.empty_like(given["inverses"])
@@ -155,21 +155,22 @@ class TritonCore:
         layout, chunks, query = self.layout, self._chunks(call), call.operands["query"]
         count = chunks + call.batch * call.heads * call.schedule.sequences
 
-        def stored(rows: int, width: int) -> Tensor:
-            return query.new_empty((chunks, rows, width))
+        def stored(rows: int, width: int, *, exact: bool = False) -> Tensor:
+            return query.new_empty((chunks, rows, width), dtype=initial_state.dtype if exact else query.dtype)
 
+        by_value, exact = self.plan.side == "value", self.plan.exact_state
         workspaces = {
             "query_pairs": stored(layout.chunk, layout.rows),
             "queries": stored(layout.chunk, layout.key_padded),
-            "keys": stored(layout.rows, layout.key_padded),
+            "keys": stored(layout.rows, layout.key_padded, exact=exact and not by_value),
             "states": query.new_empty((count, layout.key_padded, layout.value_padded)),
             "initial_state": initial_state,
             "final_state": final_state,
         }
         if self.plan.side != "none":
             workspaces["decays"] = initial_state.new_empty((chunks, layout.decay_padded))
-        if self.plan.side == "value" or self.plan.erasing:
-            workspaces["updates"] = stored(layout.rows, layout.value_padded)
+        if by_value or self.plan.erasing:
+            workspaces["updates"] = stored(layout.rows, layout.value_padded, exact=exact)
         if self.plan.erasing:
             workspaces["erase_pairs"] = initial_state.new_empty((chunks, layout.rows, layout.rows))
             workspaces["erases"] = stored(layout.rows, layout.key_padded)

@@ -124,7 +124,9 @@ def _function(
 def _pointer(plan: CorePlan, name: str) -> str:
     if name in _WHOLE:
         return "*i32"
-    return f"*{TYPES[plan.state_dtype if name in _WIDE else plan.dtype]}"
+    # What the state is made of: with decays in it, it has more digits than rows.
+    exact = plan.exact_state and name == ("updates" if plan.side == "value" else "keys")
+    return f"*{TYPES[plan.state_dtype if exact or name in _WIDE else plan.dtype]}"
 
 
 def _role(name: str) -> Role:
