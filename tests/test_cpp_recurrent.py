@@ -319,6 +319,17 @@ def test_decays_by_channel_in_bf16(widths: tuple[int, int], read: str) -> None:
         check(plan, draw(plan, tokens, decay=decay, forget=forget), draw_state(plan, 1))
 
 
+@pytest.mark.parametrize("widths", [(16, 8), (33, 9)], ids=str)
+def test_rows_of_pairs_are_padded_to_more_than_a_vector(widths: tuple[int, int]) -> None:
+    """There are no log decays beside them in memory."""
+    plan = plan_of("write", "key", dtype=DType.BF16, widths=widths)
+    guarded = Guarded()
+    for tokens, at_end in itertools.product((9, 40), (True, False)):
+        drawn = draw(plan, tokens)
+        operands = Operands.of(tuple(None if x is None else guarded.copy(x, at_end=at_end) for x in drawn.tensors))
+        check(plan, operands, draw_state(plan, 1))
+
+
 @pytest.mark.parametrize("side", ["scalar", "key"])
 def test_an_infinity_that_no_output_sees(side: str) -> None:
     """The last token of several updates writes it, after its query has read. What rounding takes from it is NaN."""
