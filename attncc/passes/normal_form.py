@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias, TypeVar
 
 from attncc.ir.nodes import Apply, Constant, Expr, Load
 from attncc.ir.recurrence import Bind, Output, Recurrence, Statement, Update, map_expressions
-from attncc.ir.rewrite import contains
+from attncc.ir.rewrite import contains, map_children
 from attncc.passes.affine import ELEMENT, STATE_BEFORE, Affine, NotAffine, affine
 from attncc.passes.separable import Factors, Monomial, Polynomial, expr_of, product, total
 from attncc.passes.simplify import simplify_expr
@@ -124,12 +124,12 @@ def _form(state: Affine, output: Affine, read: Literal["pre", "post"]) -> Normal
     return NormalForm(
         decay=expr_of(decay),
         side=side,
-        erases=_erases(state, decay, side),
-        writes=_writes(state.constant),
-        query=query,
+        erases=tuple(Erase(_rooted(x.e), _rooted(x.r), x.before) for x in _erases(state, decay, side)),
+        writes=tuple(Write(_rooted(x.key), _rooted(x.value)) for x in _writes(state.constant)),
+        query=_rooted(query),
         read=read,
-        gate=gate,
-        bonus=expr_of(output.constant) if output.constant else None,
+        gate=None if gate is None else _rooted(gate),
+        bonus=_rooted(expr_of(output.constant)) if output.constant else None,
     )
 
 
@@ -221,6 +221,22 @@ def _query(output: Affine) -> tuple[Expr, Expr | None]:
         return Constant(0.0), None
     ((gate, queries),) = by_gate
     return total(queries), product(gate) if gate else None
+
+
+def _rooted(expr: Expr) -> Expr:
+    """`expr` with its roots of exponentials and sigmoids as exponentials, like decays: where what such a root is taken
+    of underflows, the root does not, nor has its gradient a 0 to divide by."""
+    expr = map_children(expr, _rooted)
+    match expr:
+        case Apply(op="pow", args=(base, Constant(value=float() as exponent))) if 0 < exponent < 1:
+            pass
+        case Apply(op="sqrt", args=(base,)):
+            exponent = 0.5
+        case _:
+            return expr
+    if any(logged(base)):
+        return expr
+    return simplify_expr(Apply("exp", (Apply("mul", (Constant(exponent), logarithm(base))),)))
 
 
 def _grouped(pairs: Iterable[tuple[_Key, Expr]]) -> list[tuple[_Key, list[Expr]]]:

@@ -18,6 +18,8 @@ from attncc.passes.simplify import simplify_expr
 from attncc.plan.sequential import CHANNELS, Axis, Channel
 
 _COORDINATES = ("b", "h", "hkv", "t", "d", "e")
+# How many places there are of a coordinate.
+_SIZES = {"b": Size("B"), "h": Size("H"), "hkv": Size("HKV"), "t": Size("N")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,21 @@ class Inputs:
                     raise NotStaged(f"`{load.tensor}` is read at a place that is computed")
         if len({"h", "hkv"} & set(places)) == 2:
             raise NotStaged(f"`{load.tensor}` is read by two sorts of heads")
+        if not all(self._is_within(load.tensor, axis, place, axes) for axis, place in enumerate(places)):
+            raise NotStaged(f"`{load.tensor}` is read along an axis that may be shorter")
         return self._input(load.tensor, self._dtypes[load.tensor], axes, tuple(places), load.kind)
+
+    def _is_within(self, tensor: str, axis: int, place: str | int, axes: tuple[Axis, ...]) -> bool:
+        """Whether a coordinate has as many places as a captured tensor has elements along the axis, or a number is one
+        of them: kernels do not look."""
+        if tensor not in self._parameters:
+            return True
+        extent = self.extent(tensor, axis)
+        if isinstance(place, int):
+            return extent is not None and place < extent
+        if place in _SIZES:
+            return self._parameters[tensor].shape[axis] == _SIZES[place]
+        return all(extent == x.size for x in axes if x.channel == place)
 
     def extent(self, tensor: str, axis: int) -> int | None:
         """How many elements a captured tensor has along an axis; None where that is not known beforehand."""
