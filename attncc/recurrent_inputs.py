@@ -15,7 +15,8 @@ from attncc.ir.recurrence import Recurrence
 from attncc.ir.rewrite import walk
 from attncc.passes.normal_form import NormalForm, normal_form
 from attncc.passes.updates import UpdateForm, update_form
-from attncc.runtime.recurrent_arguments import sizes_of
+from attncc.runtime.arguments import Mismatch
+from attncc.runtime.recurrent_arguments import agreed_sizes, sizes_of
 from attncc.runtime.recurrent_operands import prepare
 
 # What a tensor that a decay is made of may be instead of numbers about 1: rates below 0, gates within (0, 1).
@@ -36,6 +37,10 @@ def recurrent_tensors(
     form = normal_form(recurrence)
     if not isinstance(form, NormalForm) or form.side == "none":
         return tensors
+    try:
+        agreed_sizes(q, k, v, recurrence.bidirectional)
+    except (Mismatch, ValueError):
+        return tensors  # The call says what does not fit.
     updates = update_form(form)
     of_decay = sorted({node.tensor for node in walk(form.log_decay) if isinstance(node, Load)} & tensors.keys())
     for candidates in itertools.product(_CANDIDATES, repeat=len(of_decay)):

@@ -38,6 +38,18 @@ def test_run_writes_output_and_state(name: str, tmp_path: Path, capsys: pytest.C
     assert written["state"].shape[:3] == (1, 2, 8)
 
 
+@pytest.mark.parametrize(("shape", "code"), [("1,4,2,4,5,8", "A0603"), ("1,8,3,5,5,8", "A0620")])
+def test_run_of_a_shape_that_does_not_fit(
+    shape: str, code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Numbers for the decay are looked for before the call, and rows of q and k make a bonus there."""
+    spec = tmp_path / "rows.attn"
+    gated = "attention rows(a: float[B, H, N, D]):\n    recurrence:\n        S *= sigmoid(a[b, h, t, :])[:, None]\n"
+    spec.write_text(f"{gated}        out = q @ (S + 2 * outer(k, v))\n        S += outer(k, v)\n", encoding="utf-8")
+    assert main(["run", str(spec), "--shape", shape]) == 1
+    assert f"error[{code}]" in capsys.readouterr().err
+
+
 def test_run_does_not_wait_for_the_reference_of_many_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(EXAMPLES / "retnet.attn"), "--shape", "1,2,2,20000,20000,8"]) == 0
     assert "not computed above 16384 tokens" in capsys.readouterr().out

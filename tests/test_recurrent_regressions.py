@@ -360,3 +360,13 @@ def test_a_tensor_read_along_another_axis(place: str) -> None:
     a = torch.rand(2, 4, 9)
     found = attn(q, k, v, a=a)
     torch.testing.assert_close(found, attn(q, k, v, a=a.clone().requires_grad_()))
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 40])
+def test_a_state_that_nobody_asks_for(tokens: int) -> None:
+    """It is not kept, not even of many sequences; outputs are the same."""
+    attn: Any = attncc.build(OF_UNIT_KEYS)
+    q, k, v = (x[:1] for x in rows(tokens))
+    for offsets in (None, torch.arange(tokens + 1)):
+        o, _ = attn(q, k, v, cu_seqlens=offsets, return_state=True)
+        torch.testing.assert_close(attn(q, k, v, cu_seqlens=offsets), o)

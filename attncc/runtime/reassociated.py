@@ -35,7 +35,9 @@ class Reassociated:
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, bound: Bound) -> Tensor:
         """o (B, H, M, E); differentiable."""
-        at_zero = BoundRecurrence(bound.sizes, 0, bound.tensors, bound.scalars, None, None)
+        at_zero = BoundRecurrence(
+            bound.sizes, 0, bound.tensors, bound.scalars, None, None, exact_state=False, keeps_state=False
+        )
         return self.kernels.run(q, k, v, at_zero)[0]
 
 

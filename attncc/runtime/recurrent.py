@@ -186,7 +186,7 @@ class RecurrentAttention:
     def _run(self, q: Tensor, k: Tensor, v: Tensor, bound: BoundRecurrence) -> tuple[Tensor, Tensor]:
         """o and the last state: by chunks of tokens where the decays have logarithms, else token by token."""
         if self._decays is None or not self._decays.logged:
-            return self.kernels.run(q, k, v, bound)
+            return self.kernels.run(q, k, v, bound._replace(keeps_state=bound.exact_state))
         if not self._decays.are_followed(q, k, v, bound):
             # Whatever has no logarithm leaves a NaN in the state, which stays there. To look for one takes less time
             # than to look at the decays of all tokens.

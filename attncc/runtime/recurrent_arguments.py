@@ -57,7 +57,8 @@ class GivenToRecurrence(NamedTuple):
 class BoundRecurrence(NamedTuple):
     """Arguments that fit. tensors and scalars: the inputs of the specification by name. offsets: where each packed
     sequence begins, and the end of the last, int64 on the device of q; None where nothing is packed. exact_state: the
-    last state keeps what rounding takes from products of bf16; nobody will see it otherwise."""
+    last state keeps what rounding takes from products of bf16; nobody will see it otherwise. keeps_state: something is
+    read from the last state."""
 
     sizes: Sizes
     q_offset: int
@@ -66,6 +67,7 @@ class BoundRecurrence(NamedTuple):
     initial_state: Tensor | None
     offsets: Tensor | None
     exact_state: bool = True
+    keeps_state: bool = True
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def _bound(signature: Signature, given: GivenToRecurrence) -> BoundRecurrence:
     recurrence = signature.attention
     assert isinstance(recurrence, Recurrence)
     q, k, v, state, cu_seqlens, q_offset, inputs, _ = given
-    sizes = _agreed_sizes(q, k, v, recurrence.bidirectional)
+    sizes = agreed_sizes(q, k, v, recurrence.bidirectional)
     device, offset = q.device, python_number(q_offset)
     if type(offset) is not int or not -MAX_LENGTH <= offset <= MAX_LENGTH:
         raise Mismatch
@@ -117,7 +119,7 @@ def _bound(signature: Signature, given: GivenToRecurrence) -> BoundRecurrence:
     return BoundRecurrence(sizes, offset, tensors, scalars, state, offsets)
 
 
-def _agreed_sizes(q: Tensor, k: Tensor, v: Tensor, bidirectional: bool) -> Sizes:
+def agreed_sizes(q: Tensor, k: Tensor, v: Tensor, bidirectional: bool) -> Sizes:
     """Those of `sizes_of`. Raises `Mismatch` or `ValueError` where the operands do not agree on them."""
     batch, heads_q, rows, width = q.shape
     batch_k, heads_k, keys, width_k = k.shape

@@ -45,13 +45,14 @@ class RecurrentKernels:
         self._lock = threading.Lock()
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, bound: BoundRecurrence) -> tuple[Tensor, Tensor]:
-        """o (B, H, N, E) in the type of q and the last state; differentiable."""
+        """o (B, H, N, E) in the type of q and the last state; differentiable. A state that need not be kept may be a
+        tensor of nothing: those of many short sequences are much to write."""
         state = kernel_state(bound.initial_state, q)
         staged = None if _is_followed(q, k, v, bound, state) else self._staged(q, v, bound)
         if staged is not None:
-            o, last = _empty_output(q, bound), _empty_state(self.recurrence, q, bound)
+            o, last = _empty_output(q, bound), _empty_state(self.recurrence, q, bound) if bound.keeps_state else None
             staged.run({"q": q, "k": k, "v": v}, bound, state, o, last)
-            return o, last
+            return o, q.new_empty(0) if last is None else last
         prepared = prepare(self.recurrence, self.form, q, k, v, bound.inputs, bound.q_offset)
         operands = prepared.operands
         if self.recurrence.bidirectional:
