@@ -42,10 +42,10 @@ def test_run_writes_output_and_state(name: str, tmp_path: Path, capsys: pytest.C
 def test_run_of_a_shape_that_does_not_fit(
     shape: str, code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Numbers for the decay are looked for before the call, and rows of q and k make a bonus there."""
+    """Numbers for the decay are looked for before the call, with operands that are made of rows and inputs."""
     spec = tmp_path / "rows.attn"
-    gated = "attention rows(a: float[B, H, N, D]):\n    recurrence:\n        S *= sigmoid(a[b, h, t, :])[:, None]\n"
-    spec.write_text(f"{gated}        out = q @ (S + 2 * outer(k, v))\n        S += outer(k, v)\n", encoding="utf-8")
+    gated = "attention rows(a: float[B, H, N], i: float[B, H, N]):\n    recurrence:\n        S *= sigmoid(a[b, h, t])\n"
+    spec.write_text(f"{gated}        S += outer(k, i[b, h, t] * v)\n        out = q @ S\n", encoding="utf-8")
     assert main(["run", str(spec), "--shape", shape]) == 1
     assert f"error[{code}]" in capsys.readouterr().err
 
