@@ -44,8 +44,9 @@ def test_run_of_a_shape_that_does_not_fit(
 ) -> None:
     """Numbers for the decay are looked for before the call, with operands that are made of rows and inputs."""
     spec = tmp_path / "rows.attn"
-    gated = "attention rows(a: float[B, H, N], i: float[B, H, N]):\n    recurrence:\n        S *= sigmoid(a[b, h, t])\n"
-    spec.write_text(f"{gated}        S += outer(k, i[b, h, t] * v)\n        out = q @ S\n", encoding="utf-8")
+    head = "attention rows(a: float[B, H, N, D], i: float[B, H, N]):\n    recurrence:\n"
+    decay, write = "S *= sigmoid(a[b, h, t, :])[:, None]", "S += outer(k, i[b, h, t] * v)"
+    spec.write_text(f"{head}        {decay}\n        out = q @ S\n        {write}\n", encoding="utf-8")
     assert main(["run", str(spec), "--shape", shape]) == 1
     assert f"error[{code}]" in capsys.readouterr().err
 
