@@ -44,9 +44,9 @@ def test_run_of_a_shape_that_does_not_fit(
 ) -> None:
     """Numbers for the decay are looked for before the call, with operands that are made of rows and inputs."""
     spec = tmp_path / "rows.attn"
-    head = "attention rows(a: float[B, H, N, D], i: float[B, H, N]):\n    recurrence:\n"
-    decay, write = "S *= sigmoid(a[b, h, t, :])[:, None]", "S += outer(k, i[b, h, t] * v)"
-    spec.write_text(f"{head}        {decay}\n        out = q @ S\n        {write}\n", encoding="utf-8")
+    head = "attention rows(a: float[B, H, N], u: float[H]):\n    k = l2norm(k)\n    recurrence:\n"
+    read, write = "out = q @ (S + u[h] * outer(k, v))", "S += outer(k, v)"
+    spec.write_text(f"{head}        S *= sigmoid(a[b, h, t])\n        {read}\n        {write}\n", encoding="utf-8")
     assert main(["run", str(spec), "--shape", shape]) == 1
     assert f"error[{code}]" in capsys.readouterr().err
 
