@@ -37,8 +37,8 @@ class CorePlan:
     side         log_decay has one number per token ("scalar"), or one per key or value channel ("key", "value");
                  there is none where it is "none"
     staging      how the kernel makes the operands itself; None where a call brings them
-    exact_state  the last state has all digits of its type, where products of shorter rows would take some: on Triton,
-                 where C++ kernels are told at run time
+    exact_state  the last state has all digits of its type, where products of shorter rows would take some. Only on
+                 Triton: kernels of C++ are told at run time
     normalized   outputs have E - 1 channels: those before the last, divided by it, and 0 where that is 0
     """
 

@@ -150,7 +150,8 @@ class RecurrentKernels:
                 if key not in self.built:
                     target = resolve(self.target, query.device, self.templates)
                     plan = self.plan(target, query.dtype, query.shape[3], value_width)
-                    plan = with_exact_state(plan) if exact_state else plan
+                    if exact_state:
+                        plan = with_exact_state(plan)
                     self.built[key] = plan, self._compile(plan)
         return self.built[key][1]
 
