@@ -317,9 +317,11 @@ def test_states_of_bf16_rows_are_f32(tokens: int, decay: str, target: str) -> No
     gamma = torch.tensor([0.9, 0.97])
     o, state = attn(q, k, v, gamma=gamma, return_state=True)
     _, exact = attn.reference(q, k, v, gamma=gamma, return_state=True)
-    assert (state - exact).abs().max() < 1e-6 * exact.abs().max()
+    # Triton adds up decays of a chunk in f32, C++ in f64: the former has the 16 units of the rule.
+    units = 4 if target == "cpp" else 16
+    assert (state - exact).abs().max() < units * 2.0**-23 * exact.abs().max()
     without = attn(q, k, v, gamma=gamma)
-    assert (o.float() - without.float()).abs().max() <= 0.01 * o.float().abs().max()
+    assert (o.float() - without.float()).abs().max() <= 2**-7 * o.float().abs().max()
 
 
 @pytest.mark.parametrize(
