@@ -128,7 +128,7 @@ class Evaluator(Kinds):
             case nodes.Subscript():
                 return self._subscript(node)
             case nodes.Attribute(name=name):
-                raise self.fail(NoAttributes(node.span, name))
+                raise self.fail(NoAttributes(node.span, name, suggest.attribute(name)))
             case _:
                 assert_never(node)
 

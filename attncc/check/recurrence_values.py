@@ -144,7 +144,9 @@ class StatementEvaluator(Evaluator):
         if left.size is not None and left.size == right.size and left.size != self.shapes.state:
             return reduce("sum", apply("mul", left, right, span=span), span)
         hint = "`x @ S` takes a key vector x (D), `S @ y` a value vector y (E)"
-        if None in sizes:
+        if sizes == (self.shapes.keys, VALUES):
+            hint = f"write `outer({_short(node.left)}, {_short(node.right)})` for the matrix of their products"
+        elif None in sizes:
             hint = "a scalar multiplies with `*`"
         elif sizes == (self.shapes.state, self.shapes.keys):
             hint = f"write `{_short(node.right)} @ {_short(node.left)}`: the key channels of the state come first"

@@ -35,6 +35,7 @@ _VALUES = {
     "infinity": "inf",
 }
 _OF_VECTORS = ("outer", "concat")
+_TRANSPOSES = ("T", "mT", "H", "mH", "t", "transpose")
 _FUNCTIONS = {
     "logit": "log",
     "ln": "log",
@@ -49,6 +50,13 @@ _FUNCTIONS = {
     "select": "where",
     "rotary": "rope",
     "clip": "clamp",
+}
+
+
+# What is written otherwise, and how.
+_WRITTEN = {
+    "diag": "write `x[:, None] * S` for `diag(x) @ S`, x a key vector; `S * y[None, :]` for `S @ diag(y)`, y a value vector",
+    "logsigmoid": "write `log(sigmoid(x))`; and `sigmoid(x)` for the exponential of that",
 }
 
 
@@ -73,8 +81,17 @@ def function(name: str, scope: Scope) -> str:
     """A help line for an unknown function."""
     if name in _FUNCTIONS:
         return f"write `{_FUNCTIONS[name]}`"
+    if name in _WRITTEN:
+        return _WRITTEN[name]
     defines = {define.name: define for define in scope.module.names() if define.parameters is not None}
     return nearest(name, [*defines, *BUILTINS, *_OF_VECTORS])
+
+
+def attribute(name: str) -> str:
+    """A help line for an attribute."""
+    if name in _TRANSPOSES:
+        return "nothing is transposed: write `outer(k, v)` for a column times a row, `q @ S` for what a row reads"
+    return "functions are called by their bare names, such as `tanh(x)`"
 
 
 def define_signature(define: nodes.Define) -> str:

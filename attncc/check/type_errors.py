@@ -291,12 +291,16 @@ class NoAttributes(Diagnostic):
     code = "A0316"
     title = "`.{name}` belongs to nothing"
     label = "values have no attributes"
-    help = "functions are called by their bare names, such as `tanh(x)`"
-    explanation = "There are no modules and no objects: builtins are called by their bare names."
+    help = "{hint}"
+    explanation = (
+        "There are no modules and no objects: builtins are called by their bare names. Nothing is transposed either: "
+        "`outer(k, v)` is the matrix that papers write as a column times a row."
+    )
     bad = "attention shifted(bias: float[H]):\n    score = qk + bias.h\n"
     good = "attention shifted(bias: float[H]):\n    score = qk + bias[h]\n"
 
     name: str
+    hint: str
 
 
 @dataclass(frozen=True, slots=True)

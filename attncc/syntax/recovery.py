@@ -27,6 +27,7 @@ from attncc.syntax.lexical import CLOSING, open_brackets, parts, statement_start
 Range = tuple[int, int]
 
 ITEMS = ("attention", "define", "use")
+BLOCKS = ("recurrence", "select", "branch")
 
 # Operators of other languages, longest first, and what to write for them here.
 _FOREIGN = {"&&": "and", "||": "or", "!": "not", "<>": "!=", "===": "==", "!==": "!=", ":=": "=", "**=": "="}
@@ -299,6 +300,16 @@ class _Place:
             return "a choice is an expression: `x if condition else y`"
         if self.token == "NAME" and self.before.endswith(("define", "attention")):
             return ""
+        if header := re.fullmatch(r"\s*(attention \w+)", self.before):
+            return f"write `{header.group(1)}():`, also where there are no parameters"
+        if near := self._near_block():
+            return f"did you mean `{near}:`?"
+        in_recurrence = "STAR_EQUAL" in self.expected
+        if re.fullmatch(r"\s*return", self.before):
+            return "write `out = …`" if in_recurrence else "nothing is returned: a clause has a name, as `score = …`"
+        if self.token == "LSQB" and (indexed := re.fullmatch(r"\s*(\w+)", self.before)):
+            about = "token" if in_recurrence else "pair of a query and a key"
+            return f"write `{indexed.group(1)}` without an index: each line is about one {about}"
         if self.token == "LPAR" and re.search(r"\.\w+$", self.before):
             return "functions are called by their bare names, such as `tanh(x)`"
         if self.expected & _OPERATORS and self.token in _EXPRESSION_START:
@@ -308,6 +319,12 @@ class _Place:
         if "ELSE" in self.expected and "if" in self.before.split():
             return "a choice is written `x if condition else y`"
         return ""
+
+    def _near_block(self) -> str:
+        """The block that a line `name:` was meant to open."""
+        opened = re.fullmatch(r"\s*(\w+)", self.before) if self.token == "COLON" else None
+        near = difflib.get_close_matches(opened.group(1), BLOCKS, n=1) if opened else []
+        return near[0] if near else ""
 
     def _character_hint(self) -> str:
         hints = {
@@ -341,7 +358,8 @@ class _Place:
             return None
         line = self.text[start:end]
         indent = len(line) - len(line.lstrip())
-        if re.match(r"\s*(attention|recurrence|select|branch|if)\b", line) or isinstance(found, NotAnItem):
+        opens = re.match(r"\s*(attention|recurrence|select|branch|if)\b", line) or self._near_block()
+        if opens or isinstance(found, NotAnItem):
             # A block without its first line means nothing.
             end = self._block_end(end, indent)
         stop = start + len(self.text[start:end].rstrip())
