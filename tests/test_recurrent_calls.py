@@ -211,6 +211,17 @@ def test_a_state_that_cannot_be_written_to_is_refused(state: Tensor) -> None:
         attn.step(*(torch.randn(1, 2, 1, 8) for _ in range(3)), state=state)
 
 
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("return_state", "becomes the state after it"), ("cu_seqlens", "make a call"), ("scale", "in the specification")],
+)
+def test_keywords_of_calls_are_refused_by_steps_with_advice(name: str, advice: str) -> None:
+    attn = attncc.build(EXAMPLES / "linear.attn")
+    with pytest.raises(CallError, match="A0608") as caught:
+        attn.step(*(torch.randn(1, 2, 1, 8) for _ in range(3)), state=torch.zeros(1, 2, 8, 8), **{name: True})
+    assert advice in str(caught.value)
+
+
 def test_a_compiled_function_breaks_its_graph_at_a_call_and_nowhere_else() -> None:
     attn = attncc.build(EXAMPLES / "retnet.attn")
     gamma = torch.rand(2)

@@ -55,7 +55,7 @@ _FUNCTIONS = {
 
 # What is written otherwise, and how.
 _WRITTEN = {
-    "diag": "write `x[:, None] * S` for `diag(x) @ S`, x a key vector; `S * y[None, :]` for `S @ diag(y)`, y a value vector",
+    "diag": "write `x[:, None] * S` for `diag(x) @ S` (x a key vector), `S * y[None, :]` for `S @ diag(y)`",
     "logsigmoid": "write `log(sigmoid(x))`; and `sigmoid(x)` for the exponential of that",
 }
 

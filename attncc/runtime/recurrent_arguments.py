@@ -33,7 +33,16 @@ _NO_WEIGHTS = "a recurrence has no weights of pairs: drop it"
 _ELSEWHERE = {
     **dict.fromkeys(("return_lse", "stats", "dropout_p", "seed"), _NO_WEIGHTS),
     "is_causal": "a token reads those before it and itself: drop it",
+    "scale": "write it in the specification, where it multiplies: `out = 0.1 * q @ S` say",
     "state": "a call starts from initial_state=; attn.step(…, state=) goes on with a state in place",
+}
+# The keywords of a step, and what those of a call are there.
+_OPTIONS_OF_STEPS = ("state", "q_offset")
+_IN_PLACE = "a step has state=, which becomes the state after it: what comes back is o"
+_ELSEWHERE_FROM_STEPS = {
+    **_ELSEWHERE,
+    **dict.fromkeys(("initial_state", "return_state"), _IN_PLACE),
+    "cu_seqlens": "a step is of the next tokens of each sequence of a batch: drop it, or make a call",
 }
 
 
@@ -167,7 +176,10 @@ def _reasons(signature: Signature, given: GivenToRecurrence) -> Iterator[Diagnos
     yield from refusals.kind_reasons(operands, _OPERAND_SHAPES)
     yield from shapes
     yield from refusals.type_reasons(tensors)
-    yield from refusals.keyword_reasons(signature, inputs, _OPTIONS, _ELSEWHERE)
+    if given.state_name == "state":
+        yield from refusals.keyword_reasons(signature, inputs, _OPTIONS_OF_STEPS, _ELSEWHERE_FROM_STEPS)
+    else:
+        yield from refusals.keyword_reasons(signature, inputs, _OPTIONS, _ELSEWHERE)
     yield from refusals.scalar_reasons(signature, inputs)
     device = tensors["q"].device if "q" in tensors else None
     yield from refusals.captured_reasons(signature, sizes, inputs, device)
