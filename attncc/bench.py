@@ -14,8 +14,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
+from attncc.emit.core_machine import core_machine
 from attncc.emit.recurrent_backward_cpp import chunk_tokens
-from attncc.emit.recurrent_cpp import core_machine
 from attncc.emit.recurrent_triton import layout_of
 from attncc.ir.nodes import Attention
 from attncc.ir.recurrence import Recurrence

@@ -11,7 +11,8 @@ from test_cpp_recurrent import check, plan_of
 from torch import Tensor
 from triton_recurrent_support import WRITE, draw, draw_state
 
-from attncc.emit.recurrent_cpp import core_machine, render_core
+from attncc.emit.core_machine import core_machine
+from attncc.emit.recurrent_cpp import render_core
 from attncc.ir.types import DType
 from attncc.plan.recurrent import CorePlan
 from attncc.runtime.recurrent_operands import Operands

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from attncc.emit.core_machine import core_machine
 from attncc.emit.cpp_machine import ELEMENT_TYPES, Field
 from attncc.emit.cpp_text import tidy
-from attncc.emit.recurrent_cpp import _operand, core_machine, operand_fields, size_fields
+from attncc.emit.recurrent_cpp import _operand, operand_fields, size_fields
 from attncc.emit.render import fill
 from attncc.plan.recurrent import CorePlan
 
