@@ -1,4 +1,5 @@
-"""What C++ cores ask memory for ahead: every line of what the next chunk reads and writes, and none twice."""
+"""What C++ cores ask memory for ahead: every line of what the next chunk reads and writes, where passes
+are enough."""
 
 from __future__ import annotations
 

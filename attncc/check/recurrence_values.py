@@ -145,7 +145,8 @@ class StatementEvaluator(Evaluator):
             return reduce("sum", apply("mul", left, right, span=span), span)
         hint = "`x @ S` takes a key vector x (D), `S @ y` a value vector y (E)"
         if sizes == (self.shapes.keys, VALUES):
-            hint = f"write `outer({_short(node.left)}, {_short(node.right)})` for the matrix of their products"
+            matrix = f"outer({_short(node.left)}, {_short(node.right)})"
+            hint = f"`{matrix}` is the matrix of their products; `x @ S` takes a key vector x (D)"
         elif None in sizes:
             hint = "a scalar multiplies with `*`"
         elif sizes == (self.shapes.state, self.shapes.keys):

@@ -55,7 +55,8 @@ _FUNCTIONS = {
 
 # What is written otherwise, and how.
 _WRITTEN = {
-    "diag": "write `x[:, None] * S` for `diag(x) @ S` (x a key vector), `S * y[None, :]` for `S @ diag(y)`",
+    "diag": "in a recurrence `diag(x) @ S` is `x[:, None] * S`, x a key vector; `S @ diag(y)` is `S * y[None, :]`",
+    "log_sigmoid": "write `log(sigmoid(x))`; and `sigmoid(x)` for the exponential of that",
     "logsigmoid": "write `log(sigmoid(x))`; and `sigmoid(x)` for the exponential of that",
 }
 
@@ -90,7 +91,7 @@ def function(name: str, scope: Scope) -> str:
 def attribute(name: str) -> str:
     """A help line for an attribute."""
     if name in _TRANSPOSES:
-        return "nothing is transposed: write `outer(k, v)` for a column times a row, `q @ S` for what a row reads"
+        return "nothing is transposed: exchange the indices; in a recurrence `outer(k, v)` is a column times a row"
     return "functions are called by their bare names, such as `tanh(x)`"
 
 

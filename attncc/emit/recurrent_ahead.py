@@ -1,4 +1,8 @@
-"""What a C++ core asks memory for, a chunk before it is needed, and how that is spread over its work."""
+"""What a C++ core asks memory for, a chunk before it is needed, and how that is spread over its work.
+
+Where values are much narrower than keys, passes are too few for all lines: the last are not asked for. Where keys are
+wider than a pass needs words, it asks for lines of the chunk after next, too.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +49,7 @@ class Ahead:
 
     @property
     def at_once(self) -> int:
-        """Words that products with the state take at once."""
+        """Words that products with the state take at once: a multiple of `apart`, which is counted within them."""
         return max(self.apart, 2)
 
 

@@ -33,7 +33,7 @@ _NO_WEIGHTS = "a recurrence has no weights of pairs: drop it"
 _ELSEWHERE = {
     **dict.fromkeys(("return_lse", "stats", "dropout_p", "seed"), _NO_WEIGHTS),
     "is_causal": "a token reads those before it and itself: drop it",
-    "scale": "write it in the specification, where it multiplies: `out = 0.1 * q @ S` say",
+    "scale": "write it in the specification: `scale = 0.1` beside `feature`, `out = 0.1 * q @ S` in a recurrence",
     "state": "a call starts from initial_state=; attn.step(…, state=) goes on with a state in place",
 }
 # The keywords of a step, and what those of a call are there.

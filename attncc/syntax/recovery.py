@@ -300,7 +300,8 @@ class _Place:
             return "a choice is an expression: `x if condition else y`"
         if self.token == "NAME" and self.before.endswith(("define", "attention")):
             return ""
-        if header := re.fullmatch(r"\s*(attention \w+)", self.before):
+        header = re.fullmatch(r"\s*(attention \w+)", self.before)
+        if header and self.token == "COLON":
             return f"write `{header.group(1)}():`, also where there are no parameters"
         if near := self._near_block():
             return f"did you mean `{near}:`?"
@@ -308,8 +309,7 @@ class _Place:
         if re.fullmatch(r"\s*return", self.before):
             return "write `out = …`" if in_recurrence else "nothing is returned: a clause has a name, as `score = …`"
         if self.token == "LSQB" and (indexed := re.fullmatch(r"\s*(\w+)", self.before)):
-            about = "token" if in_recurrence else "pair of a query and a key"
-            return f"write `{indexed.group(1)}` without an index: each line is about one {about}"
+            return self._index_hint(indexed.group(1), in_recurrence)
         if self.token == "LPAR" and re.search(r"\.\w+$", self.before):
             return "functions are called by their bare names, such as `tanh(x)`"
         if self.expected & _OPERATORS and self.token in _EXPRESSION_START:
@@ -319,6 +319,15 @@ class _Place:
         if "ELSE" in self.expected and "if" in self.before.split():
             return "a choice is written `x if condition else y`"
         return ""
+
+    def _index_hint(self, name: str, in_recurrence: bool) -> str:
+        """What to write for `name[…] = …`."""
+        if name == "S" and not in_recurrence:
+            return "the state stands under `recurrence:`, without an index"
+        if name == "feature":
+            return "write `feature = …`, or `feature(q) = …` and `feature(k) = …`"
+        rows = "row" if name in ("q", "k", "v") else "pair of a query and a key"
+        return f"write `{name}` without an index: each line is about one {'token' if in_recurrence else rows}"
 
     def _near_block(self) -> str:
         """The block that a line `name:` was meant to open."""
