@@ -40,7 +40,7 @@ def asked(plan: CorePlan) -> Counter[tuple[str, int, int]]:
                     token = number % schedule.every + i * schedule.every
                     found.update((operand, token, x) for x in range(line, min(line + schedule.wide, lines)))
                 break
-            line -= -(-lines // schedule.wide) * schedule.wide
+            line -= schedule.span(lines)
     return found
 
 

@@ -51,13 +51,12 @@ _FUNCTIONS = {
     "rotary": "rope",
     "clip": "clamp",
 }
-
-
+_LOG_SIGMOID = "write `log(sigmoid(x))`; and `sigmoid(x)` for the exponential of that"
 # What is written otherwise, and how.
 _WRITTEN = {
     "diag": "in a recurrence `diag(x) @ S` is `x[:, None] * S`, x a key vector; `S @ diag(y)` is `S * y[None, :]`",
-    "log_sigmoid": "write `log(sigmoid(x))`; and `sigmoid(x)` for the exponential of that",
-    "logsigmoid": "write `log(sigmoid(x))`; and `sigmoid(x)` for the exponential of that",
+    "log_sigmoid": _LOG_SIGMOID,
+    "logsigmoid": _LOG_SIGMOID,
 }
 
 

@@ -37,7 +37,7 @@ class Ahead:
     output_lines   lines of a row of these
     wide           so many lines that lie side by side are asked for together
     every          a pass asks for one of so many tokens, the next pass for the next
-    apart          words of a pass from one request to the next; `requests` are made at once
+    apart          words of a pass from one request to the next; where it is 1, `requests` are made with each
     """
 
     rows: tuple[RowsInPlace, ...]
@@ -51,6 +51,10 @@ class Ahead:
     def at_once(self) -> int:
         """Words that products with the state take at once: a multiple of `apart`, which is counted within them."""
         return max(self.apart, 2)
+
+    def span(self, lines: int) -> int:
+        """What so many lines of a row are counted as: passes take them `wide` at a time."""
+        return _ratio(lines, self.wide) * self.wide
 
 
 def ahead(plan: CorePlan) -> Ahead:
